@@ -1,0 +1,50 @@
+"""peftzoo: adapter layers, their kernels and one trainer.
+
+Importing it makes peft and transformers know the zoo: `get_peft_model`, `PeftModel.from_pretrained`, `add_adapter`
+and `load_adapter` work on zoo adapters from then on.
+"""
+
+import os as _os
+import sys as _sys
+
+if "torch" not in _sys.modules:
+    # OpenMP threads that spin while they wait take a small machine's cores from each other; read when torch loads
+    _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from importlib.metadata import version as _version
+
+from peftzoo.core.adapter import Factors, LinearAdapter
+from peftzoo.core.attach import attach
+from peftzoo.core.config import ZooConfig
+from peftzoo.core.hooks import after_step, penalty
+from peftzoo.core.layer import ZooLinear
+from peftzoo.core.model import ZooModel
+from peftzoo.core.registry import Method, adopt, get_method, list_methods, register
+from peftzoo.core.storage import load_adapter, save_adapter
+from peftzoo.methods.lora import LoraConfig
+from peftzoo.methods.paca import PacaConfig
+from peftzoo.methods.sorsa import SorsaConfig
+
+__version__ = _version("peftzoo")
+
+__all__ = [
+    "Factors",
+    "LinearAdapter",
+    "LoraConfig",
+    "Method",
+    "PacaConfig",
+    "SorsaConfig",
+    "ZooConfig",
+    "ZooLinear",
+    "ZooModel",
+    "__version__",
+    "adopt",
+    "after_step",
+    "attach",
+    "get_method",
+    "list_methods",
+    "load_adapter",
+    "penalty",
+    "register",
+    "save_adapter",
+]

@@ -1,0 +1,125 @@
+"""The contract of a method: one adapter on one linear layer is one module that says what it adds.
+
+A method file fills in `LinearAdapter`. Frozen tensors are buffers, trained ones are Parameters, and nothing is keyed
+by an adapter's name; names, merging, casting, devices and files are the business of the rest of core.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftzoo_kernels import gather_matmul, low_rank_linear
+
+if TYPE_CHECKING:
+    from peftzoo.core.config import ZooConfig
+
+
+class Factors(NamedTuple):
+    """A low-rank update: y += scale * ((x a^T) * s) b^T.
+
+    Attributes:
+        a: down factor, [r, in]; or, as integers [r], the input columns that a gather takes instead.
+        b: up factor, [out, r].
+        s: middle diagonal, [r]; None means all ones.
+        scale: scalar factor.
+    """
+
+    a: Tensor
+    b: Tensor
+    s: Tensor | None = None
+    scale: float = 1.0
+
+    def linear(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias + update, [..., out], from x [..., in]; without a weight, the update alone."""
+        if self.a.is_floating_point():
+            return low_rank_linear(x, weight, self.a, self.b, self.s, bias, self.scale)
+        return gather_matmul(x, weight, self.a, self._up(), bias, self.scale)
+
+    def dense(self, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return a [r, in] and b * s [out, r]: the two matrices of a plain LoRA, `scale` left out."""
+        if self.a.is_floating_point():
+            return self.a, self._up()
+        rows = self.b.new_zeros(self.a.shape[0], in_features)
+        return rows.scatter(1, self.a[:, None], 1.0), self._up()
+
+    def _up(self) -> Tensor:
+        return self.b if self.s is None else self.b * self.s
+
+
+class LinearAdapter(nn.Module, ABC):
+    """What one method adds to one frozen layer y = x W^T + bias, W [out, in].
+
+    The law that is tested for every method: `forward(x) == x @ delta_weight(W).T`, and both are 0 after `init` unless
+    the method's docstring says otherwise. A low-rank method gives `__init__`, `init` and `factors`, nothing else; any
+    other gives `forward` and `delta_weight` in place of `factors`.
+
+    Attributes:
+        config: the method's settings.
+        in_features: columns of W.
+        out_features: rows of W.
+        layer_name: dotted name of the adapted layer in its model; "" for an adapter that stands on its own.
+    """
+
+    def __init__(self, config: ZooConfig, in_features: int, out_features: int) -> None:
+        """Allocate the tensors and check the sizes; values come from `init` or from a file."""
+        super().__init__()
+        self.config = config
+        self.in_features = in_features
+        self.out_features = out_features
+        self.layer_name = ""
+
+    @abstractmethod
+    def init(self, weight: Tensor) -> None:
+        """Fill the tensors for training from the frozen weight, [out, in] float32; never called on loading."""
+
+    def factors(self) -> Factors | None:
+        """Return the update as low-rank factors, or None when the method is not low-rank."""
+        return None
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """Return the update of the weight, [out, in]; `weight` is the frozen one, for methods that depend on it."""
+        factors = self._low_rank()
+        a, b = factors.dense(self.in_features)
+        return factors.scale * (b @ a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the update of the output, [..., in] -> [..., out], in the dtype of `x`."""
+        return self._low_rank().linear(x)
+
+    def penalty(self) -> Tensor | None:
+        """Return this layer's extra loss term, a scalar, or None.
+
+        Trainers average it over the layers. It is decoupled from the learning rate: its gradient, divided by the peak
+        learning rate, is added after clipping.
+        """
+        return None
+
+    def after_step(self) -> None:
+        """Called once after each optimizer step."""
+        return None
+
+    def _low_rank(self) -> Factors:
+        factors = self.factors()
+        if factors is None:
+            raise TypeError(f"{type(self).__name__} gives neither factors() nor forward() and delta_weight()")
+        return factors
+
+
+def fill_unloaded(adapter: LinearAdapter) -> None:
+    """Mark every tensor of `adapter` as not yet read from its file: NaN, or -1 for integers."""
+    with torch.no_grad():
+        for tensor in adapter.state_dict().values():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+
+def unloaded_tensors(adapter: LinearAdapter) -> list[str]:
+    """Return the names of the tensors that still hold what `fill_unloaded` wrote."""
+    return [
+        name
+        for name, tensor in adapter.state_dict().items()
+        if tensor.numel() and bool((tensor.isnan() if tensor.is_floating_point() else tensor == -1).all())
+    ]

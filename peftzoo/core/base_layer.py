@@ -1,0 +1,83 @@
+"""The kinds of frozen layers an adapter can sit on, and how to read a weight [out, in] from each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One kind of frozen layer.
+
+    Attributes:
+        name: its name in capability declarations and messages.
+        matches: whether a module is of this kind.
+        transposed: the weight is stored [in, out].
+        forward: the forward of a layer that is x W^T + bias and nothing else; None where W is packed.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    transposed: bool = False
+    forward: Callable[..., Tensor] | None = None
+
+    def sizes(self, module: nn.Module) -> tuple[int, int]:
+        """Return in_features and out_features of a layer of this kind."""
+        if self.transposed:
+            rows, columns = cast(Tensor, module.weight).shape
+            return rows, columns
+        return cast(int, module.in_features), cast(int, module.out_features)
+
+
+def _quantized_by(name: str) -> Callable[[nn.Module], bool]:
+    def matches(module: nn.Module) -> bool:
+        backend = resolve_quantization_backend(module)
+        return backend is not None and backend.backend_name == name
+
+    return matches
+
+
+def _plain_linear(module: nn.Module) -> bool:
+    # attention modules of torch read the weight of this subclass without ever calling it: an adapter would do nothing
+    return (
+        isinstance(module, nn.Linear)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and resolve_quantization_backend(module) is None
+    )
+
+
+KINDS = (
+    LayerKind("linear", _plain_linear, forward=nn.Linear.forward),
+    LayerKind("conv1d", lambda module: isinstance(module, Conv1D), transposed=True, forward=Conv1D.forward),
+    LayerKind("bnb-4bit", _quantized_by("bnb 4bit")),
+    LayerKind("bnb-8bit", _quantized_by("bnb 8bit")),
+)
+
+
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """Return the kind of `module`, or None if no adapter can sit on it."""
+    return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+def plain_weight(module: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Tensor | None:
+    """Return W [out, in] if calling `module` on inputs of `dtype` is x W^T + bias and nothing else.
+
+    Then a fused op may do it. None where the weight is packed, where the module's forward was replaced or has hooks
+    of its own, and where the dtypes differ: then the module itself has to be called.
+    """
+    if kind.forward is None or type(module).forward is not kind.forward or "forward" in module.__dict__:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    weight = cast(Tensor, module.weight)
+    if weight.dtype != dtype and not torch.is_autocast_enabled(weight.device.type):
+        return None
+    return weight.t() if kind.transposed else weight

@@ -1,0 +1,70 @@
+"""A few sampled numbers by which an adapter recognises the base it was made on.
+
+Samples, not a hash, so that the same base in another dtype is still the same base.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+_TENSORS = 32
+_SAMPLES = 4
+# bfloat16 keeps 8 bits: a base stored in it may differ by 2**-8 of a value from the float32 one
+_TOLERANCE = 2.0**-7
+
+Fingerprint = dict[str, list[float]]
+
+
+def fingerprint(model: nn.Module) -> Fingerprint | None:
+    """Return {parameter name: values at evenly spaced places}; None for a model without data (meta device).
+
+    Matrices are taken where there are any; adapters and packed (integer) weights are left out.
+    """
+    weights = {name: parameter for name, parameter in _base_parameters(model).items() if parameter.is_floating_point()}
+    if not weights or any(parameter.is_meta for parameter in weights.values()):
+        return None
+    names = sorted(name for name, parameter in weights.items() if parameter.dim() >= 2 and parameter.numel())
+    names = names or sorted(name for name, parameter in weights.items() if parameter.numel())
+    count = min(_TENSORS, len(names))
+    return {name: _sample(weights[name]) for name in (names[i * len(names) // count] for i in range(count))}
+
+
+def difference(model: nn.Module, expected: Fingerprint) -> str | None:
+    """Return what about `model` is not as `expected`, or None if it is the same base.
+
+    A parameter that is packed in `model` (a quantised base) is not compared.
+    """
+    found = _base_parameters(model)
+    for name, values in expected.items():
+        if name not in found:
+            return f"it has no parameter {name}"
+        parameter = found[name]
+        if parameter.is_meta or not parameter.is_floating_point():
+            continue
+        sample = _sample(parameter)
+        same = all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in zip(sample, values, strict=False))
+        if len(sample) != len(values) or not same:
+            return f"{name} samples to {_show(sample)}, the adapter was made on {_show(values)}"
+    return None
+
+
+def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the base's own parameters, under the names they have without any adapter."""
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".peftzoo_adapter." not in name and ".modules_to_save." not in name
+    }
+
+
+def _sample(parameter: torch.Tensor) -> list[float]:
+    flat = parameter.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long().to(flat.device)
+    return [float(f"{value:.6g}") for value in flat[places].float().tolist()]
+
+
+def _show(values: list[float]) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"

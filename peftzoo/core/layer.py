@@ -1,0 +1,183 @@
+"""ZooLinear: a frozen linear layer with any number of adapters on it, of any methods, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftzoo.core.adapter import LinearAdapter, fill_unloaded, unloaded_tensors
+from peftzoo.core.base_layer import layer_kind, plain_weight
+from peftzoo.core.config import ZooConfig
+from peftzoo.core.registry import get_method
+from peftzoo.errors import ModelError
+
+
+class ZooLinear(nn.Module, BaseTunerLayer):
+    """Wraps one frozen layer; adds what its active adapters say.
+
+    Args:
+        base_layer: the frozen layer, of one of `base_layer.KINDS`.
+        layer_name: its dotted name in the model, which keys the random draws of its adapters.
+
+    Raises:
+        ModelError: no adapter can sit on a layer of this type.
+    """
+
+    adapter_layer_names = ("peftzoo_adapter",)
+    # of BaseTunerLayer, whose types nn.Module's would hide
+    active_adapters: list[str]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    set_adapter: Callable[..., None]
+
+    def __init__(self, base_layer: nn.Module, layer_name: str = "") -> None:
+        super().__init__()
+        kind = layer_kind(base_layer)
+        if kind is None:
+            raise ModelError(f"no adapter can sit on {layer_name or 'a layer'} of type {type(base_layer).__name__}")
+        self.base_layer = base_layer
+        self.kind = kind
+        self.layer_name = layer_name
+        self.quantization_backend = resolve_quantization_backend(base_layer)
+        self.in_features, self.out_features = kind.sizes(base_layer)
+        self.peftzoo_adapter = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._unloaded: set[str] = set()
+        self._weight_before_merge: Tensor | None = None
+
+    def frozen_weight(self) -> Tensor:
+        """Return the frozen weight, [out, in], dequantised where it is packed; without any merged adapter."""
+        weight = self._weight_before_merge if self._weight_before_merge is not None else self.get_base_weight()
+        return weight.t() if self.kind.transposed else weight
+
+    def add_adapter(self, name: str, config: ZooConfig) -> None:
+        """Add an adapter: filled by its method's `init`, or left to be filled from a file.
+
+        Adapters are float32, whatever the base is stored in (float64 on a float64 base).
+        """
+        adapter_type = cast(type[LinearAdapter], get_method(config.method_name).adapter)
+        adapter = adapter_type(config, self.in_features, self.out_features)
+        adapter.layer_name = self.layer_name
+        base = cast(Tensor, self.base_layer.weight)
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        adapter.to(dtype)
+        if not base.is_meta and not any(parameter.is_meta for parameter in adapter.parameters()):
+            adapter.to(base.device)
+        if config.from_file:
+            fill_unloaded(adapter)
+            self._unloaded.add(name)
+        elif not any(parameter.is_meta for parameter in adapter.parameters()) and not base.is_meta:
+            with torch.no_grad():
+                adapter.init(self.frozen_weight().to(dtype))
+        self.peftzoo_adapter[name] = adapter
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus the updates of the active adapters, [..., in] -> [..., out]."""
+        adapters = [] if self._disable_adapters or self.merged_adapters else self.active()
+        if len(adapters) == 1 and not args and not kwargs and not self._drops(adapters[0]):
+            weight = plain_weight(self.base_layer, self.kind, x.dtype)
+            factors = None if weight is None else adapters[0].factors()
+            if factors is not None:
+                return factors.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            kept = F.dropout(x, adapter.config.dropout) if self._drops(adapter) else x
+            y = y + adapter(kept).to(y.dtype)
+        return y
+
+    def active(self) -> list[LinearAdapter]:
+        """Return the active adapters of this layer, merged or not, disabled or not.
+
+        Raises:
+            ModelError: one of them was made to be loaded and never was.
+        """
+        names = [name for name in self.active_adapters if name in self.peftzoo_adapter]
+        if self._unloaded:
+            self._require_loaded(names)
+        return [self.adapter(name) for name in names]
+
+    def adapter(self, name: str) -> LinearAdapter:
+        """Return the adapter of this name.
+
+        Raises:
+            KeyError: this layer has none.
+        """
+        return cast(LinearAdapter, self.peftzoo_adapter[name])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the named adapters (default: the active ones) to the base weight.
+
+        The weight as it was is kept until `unmerge`, so that it returns bit for bit.
+
+        Args:
+            safe_merge: accepted for peft; every merge is refused before it changes anything if it is not finite.
+            adapter_names: which ones.
+
+        Raises:
+            ModelError: a merged weight would not be finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.peftzoo_adapter]
+        if not names:
+            return
+        self._require_loaded(names)
+        frozen, current = self.frozen_weight(), self.get_base_weight()
+        total = current.to(torch.promote_types(torch.float32, current.dtype), copy=True)
+        for name in names:
+            with torch.no_grad():
+                delta = self.adapter(name).delta_weight(frozen)
+            total += delta.t() if self.kind.transposed else delta
+        merged = total.to(current.dtype)
+        if not torch.isfinite(merged).all():
+            raise ModelError(f"merging {', '.join(names)} into {self.layer_name} gives values that are not finite")
+        if self._weight_before_merge is None:
+            self._weight_before_merge = current
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the base weight as it was before the first merge."""
+        if self._weight_before_merge is not None:
+            self.set_base_weight(self._weight_before_merge)
+            self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the update of the weight as the base layer stores it, [out, in] or [in, out] (Conv1D)."""
+        delta = self.adapter(adapter).delta_weight(self.frozen_weight())
+        return delta.t() if self.kind.transposed else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether peft can convert the adapter to a plain LoRA."""
+        return get_method(self.adapter(adapter_name).config.method_name).to_lora is not None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and every trace of it."""
+        super().delete_adapter(adapter_name)
+        self._unloaded.discard(adapter_name)
+
+    def _drops(self, adapter: LinearAdapter) -> bool:
+        return self.training and adapter.config.dropout > 0
+
+    def _require_loaded(self, names: list[str]) -> None:
+        for name in self._unloaded.intersection(names):
+            missing = unloaded_tensors(self.adapter(name))
+            if missing:
+                raise ModelError(
+                    f"adapter {name!r}: {', '.join(missing)} of {self.layer_name} never came from a file; its config "
+                    "was read from one. To start anew use dataclasses.replace(config, base_fingerprint=None)"
+                )
+            self._unloaded.discard(name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the base layer's device; its dtype stays, where peft's own would cast to the base's."""
+        if adapter_name in self.peftzoo_adapter:
+            adapter = self.peftzoo_adapter[adapter_name]
+            if not any(parameter.is_meta for parameter in adapter.parameters()):
+                adapter.to(device if device is not None else cast(Tensor, self.base_layer.weight).device)

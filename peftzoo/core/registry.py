@@ -1,0 +1,169 @@
+"""The registry: the one place where a method's name is written, with what it can and cannot do.
+
+Own methods enter by `@register` on their adapter class, peft's by `adopt`, third-party packages through the entry
+point group `peftzoo.methods` (a module that registers when it is imported).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+from peft import PeftConfig
+
+from peftzoo.core.adapter import LinearAdapter
+from peftzoo.core.suggest import nearest
+
+Adapter = TypeVar("Adapter", bound=type[LinearAdapter])
+
+# plumbing that the loaders fill in; a user never sets it by hand
+_NOT_SETTINGS = frozenset({"base_fingerprint", "inference_mode", "method", "base_model_name_or_path", "revision"}) | {
+    f.name for f in dataclasses.fields(PeftConfig)
+}
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method and its declared capabilities.
+
+    Attributes:
+        name: name in recipes, files and commands.
+        config: its settings, a peft config dataclass.
+        adapter: its adapter class; None when peft's own tuner is adopted.
+        paper: where it was published.
+        lr_factor: its usual learning rate as a multiple of LoRA's.
+        trains: names of the trained tensors of a layer.
+        layers: kinds of layers it adapts, of `core.base_layer.KINDS`.
+        injectable: works without peft's model class, through transformers' `add_adapter` and `load_adapter`.
+        to_lora: whether it can be written as a plain LoRA, exactly or not at all.
+        stock_lora: its folders are stock peft LoRA folders.
+        aliases: settings accepted under a second name, second name -> own name.
+        tiny: settings under which a small test sees every part of it.
+    """
+
+    name: str
+    config: type[PeftConfig]
+    adapter: type[LinearAdapter] | None
+    paper: str
+    lr_factor: float = 1.0
+    trains: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ("linear", "conv1d", "bnb-4bit", "bnb-8bit")
+    injectable: bool = True
+    to_lora: Literal["exact"] | None = None
+    stock_lora: bool = False
+    aliases: Mapping[str, str] = field(default_factory=lambda: _NONE)
+    tiny: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+
+    @property
+    def adopted(self) -> bool:
+        """Whether peft's own tuner runs it."""
+        return self.adapter is None
+
+    @property
+    def summary(self) -> str:
+        """First line of its documentation."""
+        return ((self.adapter or self.config).__doc__ or "").strip().split("\n")[0]
+
+    @property
+    def settings(self) -> dict[str, dataclasses.Field[Any]]:
+        """Every setting a recipe may give, by each accepted name."""
+        own = {f.name: f for f in dataclasses.fields(self.config) if f.init and f.name not in _NOT_SETTINGS}
+        return own | {alias: own[name] for alias, name in self.aliases.items()}
+
+    def make_config(self, **settings: Any) -> PeftConfig:
+        """Return the config for `settings`, given by own names or aliases.
+
+        Raises:
+            ValueError: an unknown setting, one given twice, or a bad value.
+        """
+        resolved: dict[str, Any] = {}
+        known = self.settings
+        for name, value in settings.items():
+            if name not in known and name not in _NOT_SETTINGS:
+                raise ValueError(unknown_setting(self.name, name, known))
+            own = self.aliases.get(name, name)
+            if own in resolved:
+                raise ValueError(f"{self.name}: {name} and {own} are one setting; give one of them")
+            resolved[own] = value
+        return self.config(**resolved)
+
+
+_methods: dict[str, Method] = {}
+
+
+def register(name: str, *, config: type[PeftConfig], paper: str, **capabilities: Any) -> Callable[[Adapter], Adapter]:
+    """Register the decorated adapter class as method `name`.
+
+    Args:
+        name: name in recipes, files and commands; a taken name is refused.
+        config: its `ZooConfig` dataclass.
+        paper: where it was published.
+        **capabilities: the further attributes of `Method`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(adapter: Adapter) -> Adapter:
+        _add(Method(name, config, adapter, paper, **capabilities))
+        config.method_name = name
+        return adapter
+
+    return decorate
+
+
+def adopt(name: str, *, config: type[PeftConfig], paper: str, **capabilities: Any) -> None:
+    """List a method of peft's under `name`: peft's tuner, peft's file format, our recipes, table and tests.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    _add(Method(name, config, None, paper, **capabilities))
+
+
+def get_method(name: str) -> Method:
+    """Return the method of this name.
+
+    Raises:
+        KeyError: there is none; names the nearest.
+    """
+    _load_plugins()
+    if name not in _methods:
+        guess = nearest(name, _methods)
+        hint = f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(_methods))}"
+        raise KeyError(f"unknown method {name!r}; {hint}")
+    return _methods[name]
+
+
+def list_methods() -> list[str]:
+    """Return the names of all methods, sorted."""
+    _load_plugins()
+    return sorted(_methods)
+
+
+def unknown_setting(method: str, name: str, known: Mapping[str, Any]) -> str:
+    """Return the message for a setting that `method` does not have."""
+    guess = nearest(name, known)
+    return f"{name} is not a setting of {method}" + (f"; did you mean {guess}?" if guess else "")
+
+
+def _add(method: Method) -> None:
+    if method.name in _methods:
+        raise ValueError(f"method name {method.name!r} is taken by {_methods[method.name].config.__module__}")
+    _methods[method.name] = method
+
+
+@cache
+def _load_plugins() -> None:
+    for plugin in entry_points(group="peftzoo.methods"):
+        try:
+            plugin.load()
+        except Exception as error:  # a broken third-party package must not take the zoo down with it
+            warnings.warn(f"method plugin {plugin.name} ({plugin.value}) failed to load: {error}", stacklevel=2)

@@ -1,0 +1,98 @@
+"""Adapters to and from folders: one call each way for zoo adapters, stock LoRA and peft's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from peftzoo.core.config import ZooConfig
+from peftzoo.core.lora_folder import WEIGHTS, read_lora_folder, write_lora_folder
+from peftzoo.core.registry import get_method
+from peftzoo.errors import ModelError
+
+CONFIG = "adapter_config.json"
+
+
+def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter of `model` to `folder`: `adapter_config.json` and `adapter_model.safetensors`.
+
+    The LoRA family becomes a stock peft LoRA folder, which opens without peftzoo; every other method keeps the format
+    of its peft type.
+    """
+    config = model.peft_config[adapter_name]
+    if isinstance(config, ZooConfig) and get_method(config.method_name).stock_lora:
+        write_lora_folder(model, Path(folder), adapter_name)
+        return
+    model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+
+
+def load_adapter(
+    base: nn.Module, folder: str | Path, adapter_name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """Return `base` with the adapter of `folder` on it; a stock LoRA becomes the zoo's.
+
+    Args:
+        base: the untouched base model.
+        folder: a local adapter folder.
+        adapter_name: name to give the adapter.
+        is_trainable: whether its tensors shall train on.
+
+    Raises:
+        ModelError: the folder is not a complete adapter, holds a pickle, or does not fit `base`.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config.get("peft_type") == "LORA":
+        lora, state = read_lora_folder(folder)
+        lora.inference_mode = not is_trainable
+        model = get_peft_model(base, lora, adapter_name)
+        set_peft_model_state_dict(model, state, adapter_name)
+        return model
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), adapter_name, is_trainable=is_trainable)
+    except ModelError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: {error}") from error
+    _refuse_partial(model, folder, adapter_name)
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the `adapter_config.json` of `folder`, after checking that its weights are a readable safetensors file.
+
+    Raises:
+        ModelError: one of the two files is missing or broken, or the weights are a pickle.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} is no adapter folder: it has no {CONFIG}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ModelError(f"{folder / CONFIG}: {error}") from error
+    if not (folder / WEIGHTS).is_file():
+        pickled = " (a pickle can run code and is not read)" if (folder / "adapter_model.bin").exists() else ""
+        raise ModelError(f"{folder} has no {WEIGHTS}{pickled}")
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS}: {error}") from error
+    return config
+
+
+def _refuse_partial(model: PeftModel, folder: Path, adapter_name: str) -> None:
+    """Raise ModelError unless the file holds exactly the keys of the adapter; peft's own tuners only warn."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        found = set(file.keys())
+    want = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    if found != want:
+        wrong = sorted(found ^ want)
+        raise ModelError(f"{folder} does not fit this model; {len(wrong)} keys differ, such as {wrong[0]}")

@@ -1,0 +1,102 @@
+"""SORSA: train the top singular triplets, kept near orthonormal (Cao 2024, arXiv:2409.00055).
+
+With W = U diag(s) V^T cut at rank r, the paper trains U [out, r], s [r], V^T [r, in] on top of the frozen rest of W.
+Here W stays whole and the starting triplets stay beside the trained ones as frozen anchors:
+
+    dW = scale * (U diag(s) V^T - U0 diag(s0) V0^T),
+
+the paper's update, exactly 0 at the start. Disabling, merging and a 4-bit W stay exact, and a saved adapter carries
+its own start instead of an SVD that may come out differently elsewhere. The price is r (in + out + 1) frozen numbers
+per layer, in memory and in the file.
+
+The penalty is the paper's: gamma times the mean over all U and V of |Q^T Q - I|_F. Its norm is not smooth where U is
+orthonormal, which is where training starts, so a small epsilon stands under the root; it is computed in float32 even
+under autocast, where the authors' code computes it in bfloat16, and its gradient is not divided by the number of
+accumulation steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftzoo.core.adapter import Factors, LinearAdapter
+from peftzoo.core.config import ZooConfig
+from peftzoo.core.registry import register
+
+
+@dataclass
+class SorsaConfig(ZooConfig):
+    """Settings of SORSA.
+
+    Attributes:
+        gamma: weight of the penalty, >= 0; 0 drops it.
+    """
+
+    gamma: float = 4e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("gamma", self.gamma >= 0, "at least 0")
+
+
+@register(
+    "sorsa",
+    config=SorsaConfig,
+    paper="arXiv:2409.00055",
+    lr_factor=1.0,
+    trains=("u", "s", "vt"),
+    to_lora="exact",
+    tiny={"r": 4, "alpha": 6.0},
+)
+class Sorsa(LinearAdapter):
+    """Trains the top r singular triplets, held near orthonormal by a penalty."""
+
+    config: SorsaConfig
+    u: Tensor
+    s: Tensor
+    vt: Tensor
+    u0: Tensor
+    s0: Tensor
+    vt0: Tensor
+
+    def __init__(self, config: SorsaConfig, in_features: int, out_features: int) -> None:
+        super().__init__(config, in_features, out_features)
+        r = config.r
+        if r > min(in_features, out_features):
+            raise ValueError(f"sorsa: r={r} exceeds the rank of a [{out_features}, {in_features}] weight")
+        for name, shape in {"u": (out_features, r), "s": (r,), "vt": (r, in_features)}.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            self.register_buffer(f"{name}0", torch.empty(shape))
+
+    def init(self, weight: Tensor) -> None:
+        """Set triplets and anchors from the SVD of `weight` ([out, in], float32)."""
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+        r = self.config.r
+        for name, start in {"u": u[:, :r], "s": s[:r], "vt": vt[:r]}.items():
+            getattr(self, name).copy_(start)
+            getattr(self, f"{name}0").copy_(start)
+
+    def factors(self) -> Factors:
+        """Return trained triplets and anchors side by side, rank 2r."""
+        return Factors(
+            a=torch.cat((self.vt, self.vt0)),
+            b=torch.cat((self.u, self.u0), dim=1),
+            s=torch.cat((self.s, -self.s0)),
+            scale=self.config.scale,
+        )
+
+    def penalty(self) -> Tensor | None:
+        """Return gamma / 2 * (|U^T U - I|_F + |V^T V - I|_F), a scalar."""
+        if self.config.gamma == 0:
+            return None
+        with torch.autocast(self.u.device.type, enabled=False):
+            return self.config.gamma * (_departure(self.u.T) + _departure(self.vt)) / 2
+
+
+def _departure(q: Tensor) -> Tensor:
+    """Return sqrt(|q q^T - I|_F^2 + eps^2) for q [r, n], eps = 1e-6 sqrt(r)."""
+    gram = q @ q.T - torch.eye(q.shape[0], dtype=q.dtype, device=q.device)
+    return (gram.square().sum() + 1e-12 * q.shape[0]).sqrt()

@@ -1,0 +1,266 @@
+"""The suite every op of `OPS` gets, without a line of its own."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import chain, combinations
+
+import pytest
+import torch
+
+from peftzoo_kernels import BACKENDS, OPS
+
+SHAPES = [  # (m, in, out, r)
+    (1, 16, 16, 1),
+    (17, 32, 33, 2),
+    (33, 65, 70, 5),
+    (64, 96, 136, 16),
+    (65, 100, 16, 17),
+    (40, 192, 136, 64),
+    (20, 260, 300, 256),
+    (0, 32, 16, 4),
+    (8, 32, 16, 0),
+]
+# relative RMS against the float64 reference; the bound comes from the dtype (performance.md 3.7)
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+
+
+def subsets(names):
+    return [frozenset(c) for c in chain.from_iterable(combinations(names, k) for k in range(len(names) + 1))]
+
+
+def make(op, shape, without=frozenset(), seed=0):
+    inputs = op.inputs(*shape, torch.Generator().manual_seed(seed))
+    return {name: value for name, value in inputs.items() if name not in without} | (
+        {"weight": None} if "weight" in without else {}
+    )
+
+
+def cast(inputs, dtype):
+    return {
+        name: value.detach().to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def run(function, inputs, trained, dy):
+    """Return the output and every gradient by name."""
+    inputs = dict(inputs)
+    for name in trained:
+        inputs[name] = inputs[name].detach().clone().requires_grad_()
+    y = function(**inputs)
+    if trained:
+        y.backward(dy.to(y.dtype))
+    return {"y": y.detach()} | {f"d_{name}": inputs[name].grad for name in trained}
+
+
+def relative_error(got, want):
+    """Return |got - want| / |want|, 0 for an empty tensor."""
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_near(got, want, bound):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].shape == want[name].shape, name
+        error = relative_error(got[name], want[name])
+        assert error <= bound, f"{name}: relative error {error:.3e} exceeds {bound:.0e}"
+
+
+def compare(op, shape, dtype, without=frozenset()):
+    """Return what the op and the float64 reference say, four draws side by side: one alone can cancel by chance."""
+    got, want = [], []
+    for seed in range(4):
+        # the reference sees the values that the dtype can hold, so that only the op's own rounding is measured
+        inputs = cast(make(op, shape, without, seed), dtype)
+        trained = ["x", *(name for name in op.trained if name in inputs)]
+        dy = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(seed)).to(dtype)
+        got.append(run(op.function, inputs, trained, dy))
+        want.append(run(op.reference, cast(inputs, torch.float64), trained, dy.double()))
+    return tuple({name: torch.stack([draw[name] for draw in draws]) for name in draws[0]} for draws in (got, want))
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.name)
+def op(request):
+    return request.param
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(op, shape, dtype, backend, monkeypatch):
+    if backend == "eager" and dtype.itemsize == 2:
+        return  # autograd rounds the eager gradients to 16 bits: the yardstick of the next test, not held to a bound
+    monkeypatch.setenv("PEFTZOO_BACKEND", backend)
+    for without in op.optional:
+        assert_near(*compare(op, shape, dtype, without), BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_less_exact_than_eager(op, dtype, monkeypatch):
+    errors = {}
+    for backend in BACKENDS:
+        monkeypatch.setenv("PEFTZOO_BACKEND", backend)
+        got, want = compare(op, (200, 192, 136, 16), dtype)
+        errors[backend] = {name: relative_error(got[name], want[name]) for name in want}
+    for name, error in errors["cublas"].items():
+        assert error <= 1.1 * errors["eager"][name], f"{name}: {error:.2e}, eager {errors['eager'][name]:.2e}"
+
+
+def test_every_trained_subset(op):
+    inputs = make(op, (33, 65, 70, 5))
+    dy = torch.randn(33, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for trained in subsets(("x", *op.trained)):
+        got, want = run(op.function, inputs, trained, dy), run(op.reference, inputs, trained, dy)
+        assert_near(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_factors_keep_float32_gradients(op, dtype):
+    """Adapters are float32 masters: their gradients must not pass through the activations' dtype."""
+    inputs = make(op, (33, 65, 70, 5))
+    half = cast(inputs, dtype)
+    mixed = {name: value.float() if name in op.trained else value for name, value in half.items()}
+    dy = torch.randn(33, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = run(op.function, mixed, op.trained, dy)
+    for name in op.trained:
+        assert got[f"d_{name}"].dtype == torch.float32
+        assert not torch.equal(got[f"d_{name}"], got[f"d_{name}"].to(dtype).float()), f"d_{name} was rounded"
+    assert_near(got, run(op.reference, cast(mixed, torch.float64), op.trained, dy.double()), BOUND[torch.bfloat16])
+
+
+def test_half_factors_get_gradients_of_their_dtype(op):
+    inputs = cast(make(op, (33, 65, 70, 5)), torch.bfloat16)
+    got = run(op.function, inputs, op.trained, torch.ones(33, 70))
+    assert all(got[f"d_{name}"].dtype == torch.bfloat16 for name in op.trained)
+
+
+def test_leading_dimensions_and_strides(op):
+    inputs = cast(make(op, (24, 33, 70, 5)), torch.float64)
+    want = op.reference(**inputs)
+    shaped = inputs | {"x": inputs["x"].view(2, 3, 4, 33)}
+    torch.testing.assert_close(op.function(**shaped), want.view(2, 3, 4, 70), rtol=1e-12, atol=1e-12)
+    strided = {
+        name: value.t().contiguous().t() if torch.is_tensor(value) and value.dim() == 2 else value
+        for name, value in inputs.items()
+    }
+    torch.testing.assert_close(op.function(**strided), want, rtol=1e-12, atol=1e-12)
+
+
+def test_inputs_are_left_alone(op):
+    inputs = make(op, (24, 33, 70, 5))
+    before = {name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)}
+    run(op.function, inputs, ("x", *op.trained), torch.ones(24, 70))
+    for name, value in before.items():
+        assert torch.equal(inputs[name], value), name
+
+
+def test_autocast_decides_the_dtype(op):
+    inputs = cast(make(op, (24, 33, 70, 5)), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op.function(**inputs)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), op.reference(**inputs), rtol=3e-2, atol=3e-2)
+
+
+def test_gradcheck(op):
+    for without in op.optional:
+        inputs = make(op, (4, 6, 5, 3), without)
+        names = ["x", *(name for name in op.trained if name in inputs)]
+        tensors = [inputs[name].clone().requires_grad_() for name in names]
+
+        def call(*values, inputs=inputs, names=names):
+            return op.function(**(inputs | dict(zip(names, values, strict=True))))
+
+        assert torch.autograd.gradcheck(call, tensors)
+
+
+def test_second_derivative_is_refused(op):
+    inputs = make(op, (4, 6, 5, 3))
+    inputs["x"].requires_grad_()
+    inputs[op.trained[0]].requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(op.function(**inputs).sum(), inputs["x"], create_graph=True)
+
+
+def test_a_trained_base_weight_gets_its_gradient(op):
+    inputs = make(op, (4, 6, 5, 3))
+    dy = torch.ones(4, 5, dtype=torch.float64)
+    trained = ("x", "weight", "bias", *op.trained)
+    assert_near(run(op.function, inputs, trained, dy), run(op.reference, inputs, trained, dy), 1e-12)
+
+
+def test_registered_op_passes_opcheck(op):
+    registered = getattr(torch.ops.peftzoo, op.name).default
+    order = list(inspect.signature(op.reference).parameters)
+    for without in op.optional:
+        inputs = cast(make(op, (6, 8, 5, 3), without), torch.float32)
+        for name in ("x", *op.trained):
+            if name in inputs:
+                inputs[name].requires_grad_()
+        torch.library.opcheck(registered, tuple(inputs.get(name) for name in order))
+
+
+@pytest.mark.parametrize("trained", [("x", 0), ("x",), (0,)], ids=["all", "x", "factor"])
+def test_compiles_to_one_graph_with_dynamic_rows(op, trained):
+    torch._dynamo.reset()
+    names = tuple(op.trained[0] if name == 0 else name for name in trained)
+    compiled = torch.compile(lambda inputs: op.function(**inputs), fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (5, 9, 14):
+        inputs = cast(make(op, (m, 8, 6, 3)), torch.float32)
+        dy = torch.randn(m, 6, generator=torch.Generator().manual_seed(1))
+        got = run(lambda **kw: compiled(kw), inputs, names, dy)
+        assert_near(got, run(op.reference, inputs, names, dy), 1e-5)
+
+
+def saved_elements(function, inputs, m):
+    """Return how many elements of tensors with m rows the backward of `function` keeps."""
+    kept = {}
+
+    def pack(tensor):
+        if tensor.dim() == 2 and tensor.shape[0] == m:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(**inputs)
+    return sum(kept.values())
+
+
+def test_saved_for_backward(op):
+    """Which factors train decides what is kept: the table of performance.md 2.1."""
+    m, k, n, r = 48, 32, 40, 3
+    for trained in subsets(("x", *op.trained)):
+        inputs = make(op, (m, k, n, r))
+        for name in trained:
+            inputs[name].requires_grad_()
+        kept = saved_elements(op.function, inputs, m)
+        assert kept == op.saved(m, k, r, trained), f"trained {sorted(trained)}"
+
+
+def test_op_rejects(op):
+    inputs = make(op, (4, 6, 5, 3))
+    with pytest.raises(ValueError, match="do not chain"):
+        op.function(**(inputs | {op.trained[0]: torch.ones(4, 4)}))
+    with pytest.raises(ValueError, match=r"\[out, in\]"):
+        op.function(**(inputs | {"weight": torch.ones(5, 7)}))
+    with pytest.raises(ValueError, match="needs a weight"):
+        op.function(**(inputs | {"weight": None}))
+
+
+def test_unknown_backend_is_refused(op, monkeypatch):
+    monkeypatch.setenv("PEFTZOO_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="choose auto, eager or cublas"):
+        op.function(**make(op, (4, 6, 5, 3)))
+
+
+def test_gather_needs_integer_columns():
+    op = next(op for op in OPS if op.name == "gather_matmul")
+    with pytest.raises(TypeError, match="int32 or int64"):
+        op.function(**(make(op, (4, 6, 5, 3)) | {"columns": torch.ones(3)}))
+
+
+def test_low_rank_needs_a_diagonal_of_its_rank():
+    op = next(op for op in OPS if op.name == "low_rank_linear")
+    with pytest.raises(ValueError, match=r"s \[2\] is not \[r\]"):
+        op.function(**(make(op, (4, 6, 5, 3)) | {"s": torch.ones(2)}))
