@@ -4,12 +4,16 @@ Importing it makes peft and transformers know the zoo: `get_peft_model`, `PeftMo
 and `load_adapter` work on zoo adapters from then on.
 """
 
+import logging as _logging
 import os as _os
 import sys as _sys
 
 if "torch" not in _sys.modules:
     # OpenMP threads that spin while they wait take a small machine's cores from each other; read when torch loads
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# peft imports bitsandbytes, which on some CPUs warns that a package of optional kernels is not installed
+_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(_logging.ERROR)
 
 from importlib.metadata import version as _version
 

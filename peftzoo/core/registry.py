@@ -38,6 +38,7 @@ class Method:
         config: its settings, a peft config dataclass.
         adapter: its adapter class; None when peft's own tuner is adopted.
         paper: where it was published.
+        summary: what it is, in one sentence.
         lr_factor: its usual learning rate as a multiple of LoRA's.
         trains: names of the trained tensors of a layer.
         layers: kinds of layers it adapts, of `core.base_layer.KINDS`.
@@ -52,6 +53,7 @@ class Method:
     config: type[PeftConfig]
     adapter: type[LinearAdapter] | None
     paper: str
+    summary: str
     lr_factor: float = 1.0
     trains: tuple[str, ...] = ()
     layers: tuple[str, ...] = ("linear", "conv1d", "bnb-4bit", "bnb-8bit")
@@ -65,11 +67,6 @@ class Method:
     def adopted(self) -> bool:
         """Whether peft's own tuner runs it."""
         return self.adapter is None
-
-    @property
-    def summary(self) -> str:
-        """First line of its documentation."""
-        return ((self.adapter or self.config).__doc__ or "").strip().split("\n")[0]
 
     @property
     def settings(self) -> dict[str, dataclasses.Field[Any]]:
@@ -90,7 +87,8 @@ class Method:
                 raise ValueError(unknown_setting(self.name, name, known))
             own = self.aliases.get(name, name)
             if own in resolved:
-                raise ValueError(f"{self.name}: {name} and {own} are one setting; give one of them")
+                other = next(alias for alias, of in self.aliases.items() if of == own)
+                raise ValueError(f"{self.name}: {other} is another name of {own}; give one of them")
             resolved[own] = value
         return self.config(**resolved)
 
@@ -99,7 +97,7 @@ _methods: dict[str, Method] = {}
 
 
 def register(name: str, *, config: type[PeftConfig], paper: str, **capabilities: Any) -> Callable[[Adapter], Adapter]:
-    """Register the decorated adapter class as method `name`.
+    """Register the decorated adapter class as method `name`; the first line of its docstring is the summary.
 
     Args:
         name: name in recipes, files and commands; a taken name is refused.
@@ -112,20 +110,21 @@ def register(name: str, *, config: type[PeftConfig], paper: str, **capabilities:
     """
 
     def decorate(adapter: Adapter) -> Adapter:
-        _add(Method(name, config, adapter, paper, **capabilities))
+        summary = (adapter.__doc__ or "").strip().split("\n")[0]
+        _add(Method(name, config, adapter, paper, summary, **capabilities))
         config.method_name = name
         return adapter
 
     return decorate
 
 
-def adopt(name: str, *, config: type[PeftConfig], paper: str, **capabilities: Any) -> None:
+def adopt(name: str, *, config: type[PeftConfig], paper: str, summary: str, **capabilities: Any) -> None:
     """List a method of peft's under `name`: peft's tuner, peft's file format, our recipes, table and tests.
 
     Raises:
         ValueError: the name is taken.
     """
-    _add(Method(name, config, None, paper, **capabilities))
+    _add(Method(name, config, None, paper, summary, **capabilities))
 
 
 def get_method(name: str) -> Method:

@@ -22,7 +22,7 @@ def find_folder(kind: Literal["recipes", "configs"]) -> Path:
     for folder in (PACKAGE / "_data" / kind, PACKAGE.parent / kind):
         if folder.is_dir():
             return folder
-    raise RecipeError(f"this installation of peftzoo has no folder {kind} in {package / '_data'}; install it again")
+    raise RecipeError(f"this installation of peftzoo has no folder {kind} in {PACKAGE / '_data'}; install it again")
 
 
 def list_recipes() -> list[str]:

@@ -37,7 +37,7 @@ class LoraConfig(ZooConfig):
     tiny={"r": 4, "alpha": 6.0},
 )
 class Lora(LinearAdapter):
-    """Trains a pair of thin matrices, one down to r and one up again."""
+    """Trains two thin matrices, down to r and up again."""
 
     def __init__(self, config: LoraConfig, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)

@@ -51,7 +51,7 @@ class PacaConfig(ZooConfig):
     tiny={"r": 4, "alpha": 6.0},
 )
 class Paca(LinearAdapter):
-    """Trains r columns of the weight and keeps only their inputs for the backward."""
+    """Trains r columns of the weight, and keeps only their inputs."""
 
     config: PacaConfig
     columns: Tensor

@@ -52,7 +52,7 @@ class SorsaConfig(ZooConfig):
     tiny={"r": 4, "alpha": 6.0},
 )
 class Sorsa(LinearAdapter):
-    """Trains the top r singular triplets, held near orthonormal by a penalty."""
+    """Trains the top r singular triplets, kept near orthonormal."""
 
     config: SorsaConfig
     u: Tensor

@@ -11,6 +11,7 @@ adopt(
     config=VeraConfig,
     paper="arXiv:2310.11454",
     injectable=False,  # its matrices are shared between layers and live on peft's model
+    summary="Trains scalings between random matrices that all layers share; peft's own.",
     trains=("vera_lambda_b", "vera_lambda_d"),
     aliases={"dropout": "vera_dropout", "seed": "projection_prng_key"},
     tiny={"r": 5, "target_modules": "all-linear"},

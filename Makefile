@@ -1,0 +1,33 @@
+# Every target does its own set-up: the first run makes .venv and installs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install quickstart test lint
+
+install: .venv/installed
+
+# An installed torch that satisfies the ranges is left alone: a machine with a working CUDA or ROCm build keeps it (and
+# the triton that belongs to it); elsewhere the tested versions are installed.
+.venv/installed: pyproject.toml constraints.txt
+	@if $(PYTHON) -c "import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))" 2>/dev/null; then \
+	  echo "keeping the installed torch"; \
+	  $(PYTHON) -m venv --system-site-packages .venv; \
+	  grep -v -E '^(torch|triton)==' constraints.txt > .venv/constraints.txt; \
+	else \
+	  $(PYTHON) -m venv .venv; \
+	  cp constraints.txt .venv/constraints.txt; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[dev]"
+	@touch $@
+
+quickstart: install
+	$(BIN)/peftzoo train quickstart/dates
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,198 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from datasets.utils.logging import disable_progress_bar
+from rich.console import Console
+from rich.table import Table
+
+import peftzoo
+from peftzoo.core.registry import get_method, list_methods
+from peftzoo.core.resources import find_recipe, list_recipes
+from peftzoo.core.setting_help import setting_help
+from peftzoo.errors import RecipeError, ZooError
+from peftzoo.export import Export, export_lora, export_merged
+from peftzoo.inspection import inspect_adapter
+from peftzoo.train.check import check as check_recipe
+from peftzoo.train.loop import train as train_recipe
+from peftzoo.train.recipe_file import load_recipe
+from peftzoo.train.recipe_yaml import dump
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 bad recipe or arguments; 3 data; 4 model or adapter; 5 out of memory; "
+    "6 training not finite; 7 run folder; 130 interrupted, after a save."
+)
+
+app = typer.Typer(
+    help="Adapter layers, their kernels and one trainer for fine-tuning.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="The recipes that come with peftzoo.", no_args_is_help=False, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+console = Console(soft_wrap=True, highlight=False, markup=False)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a recipe, or path of a .yaml file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, such as method.r=32")
+]
+AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="an adapter folder, such as RUN/final")]
+
+
+@app.callback(invoke_without_command=True)
+def _peftzoo(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    if version:
+        console.print(f"peftzoo {peftzoo.__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog=EXIT_CODES)
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the complete recipe and train nothing")] = False,
+) -> None:
+    """Train what RECIPE describes and leave the adapter and its record in the run folder."""
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        console.print(dump(loaded.model_dump()), end="")
+    else:
+        train_recipe(loaded)
+
+
+@app.command(epilog=EXIT_CODES)
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Check RECIPE without loading weights: settings, target modules, one row with its trained tokens marked."""
+    check_recipe(load_recipe(recipe, overrides or []))
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="show the settings of this method")] = None) -> None:
+    """List the methods and what each can do, or the settings of one."""
+    if name is None:
+        _print_methods()
+        return
+    try:
+        method = get_method(name)
+    except KeyError as error:
+        raise RecipeError(error.args[0]) from None
+    console.print(f"{method.name}: {method.summary} {method.paper}")
+    console.print(f"trains {', '.join(method.trains)} of layers of the kinds {', '.join(method.layers)}\n")
+    config, meanings = method.make_config(), setting_help(method.config)
+    table = _table("setting", "default", "meaning")
+    for setting in method.settings:
+        own = method.aliases.get(setting, setting)
+        default = str(getattr(config, own)) if own == setting else ""
+        table.add_row(setting, default, meanings.get(own, "") if own == setting else f"another name of {own}")
+    console.print(table)
+
+
+@recipes_app.callback(invoke_without_command=True)
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the recipes."""
+    for name in list_recipes():
+        console.print(name)
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="name of a recipe")]) -> None:
+    """Print a recipe."""
+    console.print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="name of a recipe")],
+    to: Annotated[Path | None, typer.Argument(help="file to write; default: its last name, here")] = None,
+) -> None:
+    """Copy a recipe to a file of your own."""
+    source = find_recipe(name)
+    target = to or Path(source.name)
+    if target.exists():
+        raise RecipeError(f"{target} exists; name another file")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise RecipeError(f"{target} cannot be written: {error.strerror}") from error
+    console.print(f"{target}: train it with `peftzoo train {target}`")
+
+
+@app.command(epilog=EXIT_CODES)
+def inspect(adapter: AdapterFolder) -> None:
+    """Show what is in an adapter folder: format, base, settings, tensors, norms, digest."""
+    found = inspect_adapter(adapter)
+    console.print(f"{adapter}: {found.format}")
+    console.print(f"base: {found.config.get('base_model_name_or_path') or 'not named'}")
+    shown = ("r", "alpha", "lora_alpha", "dropout", "lora_dropout", "seed", "task_type")
+    console.print("  ".join(f"{key}={found.config[key]}" for key in shown if found.config.get(key) is not None))
+    table = _table("tensor", "count", "shapes", "dtype", "parameters", "norm", "finite")
+    for group in found.groups:
+        shapes = ", ".join(str(list(shape)) for shape in group.shapes[:3]) + (" ..." if len(group.shapes) > 3 else "")
+        row = [group.name, str(group.count), shapes, group.dtype, f"{group.parameters:,}", f"{group.norm:.4g}"]
+        table.add_row(*row, "yes" if group.finite else "NO")
+    console.print(table)
+    console.print(f"{found.bytes:,} bytes, sha256 {found.sha256}")
+
+
+@app.command(epilog=EXIT_CODES)
+def export(
+    adapter: AdapterFolder,
+    out: Annotated[Path, typer.Option("--out", help="folder to write; must be new or empty")],
+    merge: Annotated[bool, typer.Option("--merge", help="the base model with the adapter merged in")] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="a stock peft LoRA folder with the same outputs")] = False,
+    base: Annotated[str | None, typer.Option("--base", help="base model, if not the one the adapter names")] = None,
+) -> None:
+    """Write an adapter for use elsewhere, and check that what was written gives the same logits."""
+    if merge == lora:
+        raise RecipeError("give one of --merge and --lora")
+    done: Export = (export_merged if merge else export_lora)(adapter, out, base)
+    console.print(f"wrote {done.folder}; its logits differ by {done.change:.2g}, the largest being {done.scale:.3g}")
+
+
+def main() -> None:
+    """Run the command line; a problem of the user's becomes one line on stderr and its exit code."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for its developers
+    try:
+        app(prog_name="peftzoo")
+    except ZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _print_methods() -> None:
+    table = _table("method", "rate", "as LoRA", "paper", "summary")
+    for name in list_methods():
+        method = get_method(name)
+        table.add_row(name, f"x{method.lr_factor:g}", method.to_lora or "no", method.paper, method.summary)
+    console.print(table)
+    console.print("\nrate: usual learning rate, relative to LoRA's. `peftzoo methods NAME` shows the settings.")
+
+
+def _table(*columns: Any) -> Table:
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")

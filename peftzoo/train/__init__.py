@@ -1,0 +1,1 @@
+"""One trainer: recipes, data, the loop and what it leaves behind; looks methods up by name and imports none."""
