@@ -16,7 +16,7 @@ from train_helpers import ROWS, builtin_model, cpu, encoder, read_events, small_
 
 import peftzoo
 from peftzoo.errors import CheckpointError, DataError, MemoryLimitError, ModelError, NonFiniteError
-from peftzoo.train import causal_lm, models
+from peftzoo.train import causal_lm
 from peftzoo.train.check import check
 from peftzoo.train.evaluation import Sample, exact_match, generate, mean_loss
 from peftzoo.train.loop import train
@@ -171,7 +171,9 @@ def test_bfloat16_run():
 
 
 def test_epochs_become_steps():
-    recipe = small_recipe("data.eval=null", "train.max_steps=null", "train.num_train_epochs=0.5", "train.gradient_accumulation_steps=3")
+    recipe = small_recipe(
+        "data.eval=null", "train.max_steps=null", "train.num_train_epochs=0.5", "train.gradient_accumulation_steps=3"
+    )
     assert train(recipe).steps == 2  # half of 40 rows, 12 a step, the last one filled up
 
 
@@ -222,7 +224,7 @@ def test_unusable_folder_is_refused_before_anything_loads(folder, monkeypatch):
 def test_run_that_never_began_leaves_nothing():
     recipe = small_recipe()
     Path("train.jsonl").write_text("nonsense\n")
-    with pytest.raises(DataError, match="train.jsonl:1"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1"):
         train(recipe)
     assert list(Path("runs").iterdir()) == []
 

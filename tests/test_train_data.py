@@ -153,7 +153,7 @@ def test_token_or_place_the_model_lacks_is_refused(monkeypatch, llama):
     write_rows("long.jsonl", [{"prompt": "a", "completion": "b c " * 200}])
     task = CausalLM(small_recipe("data.train.path=long.jsonl", "data.max_length=400"))
     monkeypatch.undo()
-    with pytest.raises(DataError, match="256 places; set data.max_length=256"):
+    with pytest.raises(DataError, match=r"256 places; set data\.max_length=256"):
         task.load_model(torch.device("cpu"))
 
 
@@ -214,7 +214,7 @@ def test_compressed_file_named_jsonl_is_refused():
 
 
 def test_missing_file_is_refused():
-    with pytest.raises(DataError, match="gone.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
         load_rows(DataSource(path="gone.jsonl"))
 
 

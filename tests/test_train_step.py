@@ -125,7 +125,7 @@ class Detached(Toy):
 
 
 def test_tensor_without_gradient_is_named():
-    with pytest.raises(ModelError, match="1 of 3 trained tensors have no gradient.*: unused"):
+    with pytest.raises(ModelError, match=r"1 of 3 trained tensors have no gradient.*: unused"):
         take(stepper(Detached(unused_grows=False)), rows(2))
     take(stepper(Detached(unused_grows=True)), rows(2))  # a gradient of zeros is legal
 

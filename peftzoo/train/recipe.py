@@ -26,7 +26,7 @@ class ModelSettings(Part):
     name_or_path: Text = Field(description="builtin/..., a folder, or a name on the Hub")
     revision: Text | None = Field(default=None, description="branch, tag or commit on the Hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: as the model was saved"
+        default="auto", description="auto (as the model was saved), float32, bfloat16 or float16"
     )
     attn_implementation: Text | None = Field(default=None, description="as in transformers, such as sdpa or eager")
     adapter_name_or_path: Text | None = Field(
@@ -89,7 +89,7 @@ class DataSettings(Part):
     train: Source = Field(description="builtin/NAME:SPLIT, or a section with path or hub")
     eval: Source | None = Field(default=None, description="like train; none: no evaluation")
     format: Literal["prompt-completion", "text"] = Field(
-        default="prompt-completion", description="the fields of a row"
+        default="prompt-completion", description="the fields of a row: prompt-completion or text"
     )
     mask_prompt: bool = Field(default=True, description="leave the prompt out of the loss (text has no prompt)")
     max_length: Count = Field(default=512, description="tokens of a row, prompt and completion together")
@@ -121,13 +121,15 @@ class TrainSettings(Part):
         default="auto", description="the peak rate, absolute; auto: lora_learning_rate times the method's factor"
     )
     lora_learning_rate: float = Field(default=2.0e-4, gt=0, description="the peak rate that suits LoRA on this task")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        default="linear", description="linear, cosine, constant or constant_with_warmup"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0, description="optimizer steps, or a fraction of them when below 1"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per step and unit of learning rate")
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: no clipping")
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="no, bf16 or fp16 autocast")
     seed: Seed = Field(default=0, description="of data order, dropout and the adapter's start")
     logging_steps: Count = Field(default=10, description="optimizer steps between two lines of the log")
 
@@ -151,8 +153,12 @@ class EvalSettings(Part):
 
     steps: Count | None = Field(default=None, description="also evaluate every so many optimizer steps")
     per_device_eval_batch_size: Count = Field(default=32, description="rows per device and forward pass")
-    metrics: list[Literal["exact_match", "perplexity"]] = Field(default=["exact_match"])
-    generate: GenerateSettings = GenerateSettings()
+    metrics: list[Literal["exact_match", "perplexity"]] = Field(
+        default=["exact_match"], description="of exact_match and perplexity"
+    )
+    generate: GenerateSettings = Field(
+        default=GenerateSettings(), description="max_new_tokens: tokens of an answer, 16 by default"
+    )
     show_samples: int = Field(default=4, ge=0, le=1000, description="answers printed before and after")
 
 
