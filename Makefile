@@ -7,17 +7,21 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 install: .venv/installed
 
-# An installed torch that satisfies the ranges is left alone: a machine with a working CUDA or ROCm build keeps it (and
-# the triton that belongs to it); elsewhere the tested versions are installed.
-.venv/installed: pyproject.toml constraints.txt
-	@if $(PYTHON) -c "import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))" 2>/dev/null; then \
+# An installed torch that satisfies the ranges is left alone: a machine with a working CUDA or ROCm build keeps it, and
+# the triton that belongs to it; elsewhere the tested versions are installed into an environment of their own.
+TORCH_FITS := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))
+
+.venv/constraints.txt: constraints.txt
+	@$(PYTHON) -m venv --clear --system-site-packages .venv
+	@if $(BIN)/python -c '$(TORCH_FITS)' 2>/dev/null; then \
 	  echo "keeping the installed torch"; \
-	  $(PYTHON) -m venv --system-site-packages .venv; \
 	  grep -v -E '^(torch|triton)==' constraints.txt > .venv/constraints.txt; \
 	else \
-	  $(PYTHON) -m venv .venv; \
+	  $(PYTHON) -m venv --clear .venv; \
 	  cp constraints.txt .venv/constraints.txt; \
 	fi
+
+.venv/installed: pyproject.toml .venv/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[dev]"
 	@touch $@
 
