@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import warnings
@@ -167,7 +166,10 @@ def export(
 
 
 def main() -> None:
-    """Run the command line; a problem of the user's becomes one line on stderr and its exit code."""
+    """Run the command line; a problem of the user's becomes one message on stderr and its exit code.
+
+    An interruption (130) and a reader of the output that goes away are typer's to handle, without a word.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bar()
@@ -177,12 +179,6 @@ def main() -> None:
     except ZooError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _print_methods() -> None:

@@ -107,7 +107,8 @@ def _load(place: str | Path, dtype: Any) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(place, dtype=dtype).eval()
     except (OSError, ValueError) as error:
-        raise ModelError(f"base {place} cannot be loaded: {error}. Name another with --base") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(f"base {place} cannot be loaded: {reason}. Name another with --base") from error
 
 
 @torch.no_grad()

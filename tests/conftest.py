@@ -61,4 +61,11 @@ def tokens():
 
 @pytest.fixture(params=peftzoo.list_methods())
 def method(request):
+    """Every method, adopted ones too."""
+    return peftzoo.get_method(request.param)
+
+
+@pytest.fixture(params=[name for name in peftzoo.list_methods() if not peftzoo.get_method(name).adopted])
+def zoo_method(request):
+    """Every method of our own: those with an adapter class and the zoo's file format."""
     return peftzoo.get_method(request.param)

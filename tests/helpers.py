@@ -32,10 +32,11 @@ def logits(model, tokens):
     return model(tokens).logits
 
 
-def assert_close(got, want, bound=1e-5):
+def assert_close(got, want, bound=1e-5, what="values"):
     """Every entry within `bound` of the largest one (of 1, where all are smaller)."""
     assert got.shape == want.shape
-    torch.testing.assert_close(got, want, rtol=0, atol=bound * max(1.0, want.abs().max().item()))
+    error = (got - want).abs().max().item() / max(1.0, want.abs().max().item())
+    assert error <= bound, f"{what} differ by {error:.2e}, more than {bound:.0e}"
 
 
 def assert_differs(got, want):

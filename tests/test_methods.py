@@ -111,7 +111,7 @@ def test_save_load(method, llama, tokens, tmp_path):
     }
     for name, load in loaders.items():
         loaded = load(copy.deepcopy(llama)).eval()
-        assert_close(logits(loaded, tokens), want), name
+        assert_close(logits(loaded, tokens), want, what=name)
         assert type(loaded.peft_config["default"]) is method.config
         assert not trained_names(loaded)
     trainable = peftzoo.load_adapter(copy.deepcopy(llama), tmp_path, is_trainable=True)
@@ -280,13 +280,12 @@ def test_gradient_checkpointing_changes_nothing(method, llama, tokens):
         model(tokens, labels=tokens).loss.backward()
     for (name, one), (_, two) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
         if one.requires_grad:
-            assert_close(two.grad, one.grad), name
+            assert_close(two.grad, one.grad, what=name)
 
 
-def test_compiles(method, llama):
+def test_compiles(zoo_method, llama):
     """One layer compiles to one graph that computes the same, with a changing number of tokens."""
-    if method.adopted:
-        return
+    method = zoo_method
     torch._dynamo.reset()
     layer = next(iter(zoo_layers(shake(adapted(method, llama))).values()))
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -316,6 +315,8 @@ def test_seed_alone_decides_the_start(method, llama):
             assert torch.equal(torch.get_rng_state(), before), "the global generator was touched"
         states.append(peft.get_peft_model_state_dict(model))
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    drawn = [key for key in states[0] if not torch.equal(states[0][key], states[2][key])]
+    assert bool(drawn) != (method.name == "sorsa"), "every method but SORSA, whose start is an SVD, draws"
 
 
 def test_config_rejects(method):
@@ -330,19 +331,24 @@ def test_config_rejects(method):
         method.config(alhpa=1.0)
 
 
-def test_sizes_that_the_formula_forbids(method):
-    if method.adopted:
-        return
-    if method.name in ("sorsa", "paca"):
-        with pytest.raises(ValueError, match=f"{method.name}: r=9"):
-            peftzoo.attach(nn.Linear(8, 8), tiny_config(method, r=9))
+def test_a_rank_above_the_size_works_or_is_refused(zoo_method):
+    config, refusal = tiny_config(zoo_method, r=9), None
+    try:
+        layer = shake(peftzoo.attach(nn.Linear(8, 8), config))
+    except ValueError as error:
+        refusal = str(error)
+    if refusal is None:
+        weight = layer.frozen_weight()
+        want = torch.eye(8) @ (weight + layer.adapter("default").delta_weight(weight)).T + layer.bias
+        assert_close(layer(torch.eye(8)), want)
     else:
-        peftzoo.attach(nn.Linear(8, 8), tiny_config(method, r=9))
+        assert f"{zoo_method.name}: r=9" in refusal
+        with pytest.raises(ModelError, match=f"0: {zoo_method.name}: r=9"):
+            peftzoo.attach(nn.Sequential(nn.Linear(8, 8)), config)
 
 
-def test_attach_without_transformers(method):
-    if method.adopted:
-        return
+def test_attach_without_transformers(zoo_method):
+    method = zoo_method
     module = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7)).double()
     x = torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     want = module(x)
@@ -353,12 +359,11 @@ def test_attach_without_transformers(method):
     assert [name.rsplit(".", 1)[-1] for name in trained_names(single)] == list(method.trains)
 
 
-def test_lora_folder(method, llama, tokens, tmp_path):
+def test_lora_folder(zoo_method, llama, tokens, tmp_path):
     """What declares `to_lora` is a stock LoRA folder with the same logits in stock peft."""
     from peftzoo.core.lora_folder import write_lora_folder
 
-    if method.adopted:
-        return
+    method = zoo_method
     model = shake(adapted(method, llama))
     write_lora_folder(model, tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -371,11 +376,10 @@ def test_lora_folder(method, llama, tokens, tmp_path):
     assert_close(logits(ours, tokens), logits(model, tokens))
 
 
-def test_lora_folder_on_conv1d(method, gpt2, tokens, tmp_path):
+def test_lora_folder_on_conv1d(zoo_method, gpt2, tokens, tmp_path):
     from peftzoo.core.lora_folder import write_lora_folder
 
-    if method.adopted:
-        return
+    method = zoo_method
     model = shake(adapted(method, gpt2))
     write_lora_folder(model, tmp_path)
     assert_close(logits(PeftModel.from_pretrained(copy.deepcopy(gpt2), tmp_path), tokens), logits(model, tokens))
@@ -430,9 +434,8 @@ def test_a_file_that_does_not_fit_is_refused(method, llama, tmp_path, damage):
             load(copy.deepcopy(llama), tmp_path)
 
 
-def test_another_base_is_refused(method, llama, tokens, tmp_path):
-    if method.adopted:
-        return
+def test_another_base_is_refused(zoo_method, llama, tokens, tmp_path):
+    method = zoo_method
     saved(method, llama, tmp_path)
     other = copy.deepcopy(llama)
     with torch.no_grad():
@@ -450,9 +453,8 @@ def test_another_base_is_refused(method, llama, tokens, tmp_path):
     logits(PeftModel.from_pretrained(half, tmp_path), tokens)
 
 
-def test_transformers_does_not_hide_a_missing_tensor(method, llama, tokens, tmp_path):
-    if method.adopted:
-        return
+def test_transformers_does_not_hide_a_missing_tensor(zoo_method, llama, tokens, tmp_path):
+    method = zoo_method
     path = saved(method, llama, tmp_path)
     state = load_file(path)
     del state[next(key for key in state if key.endswith(method.trains[0]))]
@@ -463,9 +465,8 @@ def test_transformers_does_not_hide_a_missing_tensor(method, llama, tokens, tmp_
         model(tokens)
 
 
-def test_unknown_field_in_a_file_is_refused(method, llama, tmp_path):
-    if method.adopted:
-        return
+def test_unknown_field_in_a_file_is_refused(zoo_method, llama, tmp_path):
+    method = zoo_method
     saved(method, llama, tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"dropout"', '"dropuot"'))

@@ -89,8 +89,9 @@ def test_long_rows_are_cut_and_counted():
     assert str(longest) in note
 
 
-def test_completion_cut_off_is_refused_by_row():
-    message = refused([("a", "b"), ("x y z " * 10, "b")], max_length=12)
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_completion_cut_off_is_refused_by_row(mask_prompt):
+    message = refused([("a", "b"), ("x y z " * 10, "b")], max_length=12, mask_prompt=mask_prompt)
     assert "row 1" in message
     assert "row 0" not in message
     assert "max_length=12" in message

@@ -20,11 +20,14 @@ from peftzoo.train.processes import from_first
 
 ROOT = Path(__file__).parents[1]
 LAUNCHED = """\
+import os
 import sys
+import torch
 from peftzoo.train.loop import train
 from peftzoo.train.recipe_file import load_recipe
 
 train(load_recipe("x.yaml", sys.argv[1:]))
+open("seed-" + os.environ["RANK"], "w").write(str(torch.initial_seed()))
 """
 
 
@@ -37,9 +40,13 @@ def launch(*arguments):
     Path("launched.py").write_text(LAUNCHED)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said, complained = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # unlike a kill it lets the launcher end what it started
+    assert process.returncode == 0, complained[-3000:]
+    return said
 
 
 def test_two_processes_equal_one():
@@ -62,6 +69,7 @@ def test_two_processes_equal_one():
     judged = json.loads(Path("runs/two/run.json").read_text())["after"]
     assert judged == pytest.approx(alone.after.metrics, rel=1e-5)
     assert said.count("the run folder is runs/two") == 1, "only one of them speaks"
+    assert Path("seed-0").read_text() != Path("seed-1").read_text(), "dropout would be the same in both"
 
 
 def test_environment_of_a_launcher_that_is_not_there_is_refused_at_once(monkeypatch):

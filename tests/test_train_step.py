@@ -57,6 +57,17 @@ def test_accumulation_equals_one_large_batch():
     assert three.tokens == one.tokens == 7
 
 
+def test_steps_do_not_see_each_other():
+    model, data = Toy(), rows(4)
+    made = stepper(model, rate=0.1)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(model(data).loss, [model.w])
+        wanted = model.w.detach() - 0.1 * gradient
+        take(made, data)
+        torch.testing.assert_close(model.w.detach(), wanted)
+    assert made.taken == 2
+
+
 def test_gradient_is_clipped_and_its_norm_reported():
     model, data = Toy(), rows(4)
     (gradient,) = torch.autograd.grad(model(data).loss, [model.w])

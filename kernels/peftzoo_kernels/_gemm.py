@@ -7,11 +7,16 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype a product with `x` runs in: autocast's where it is on, else that of `x`."""
+    """Return the dtype a product with `x` runs in: autocast's, which leaves float64 alone, or its own."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def to_dtype_of(x: Tensor, vector: Tensor | None) -> Tensor | None:
+    """Return `vector`, if there is one, in the dtype of `x`."""
+    return None if vector is None else vector.to(x.dtype)
 
 
 def mm_float32(p: Tensor, q: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def differentiable(
                 raise RuntimeError(f"{name} has no second derivative; PEFTZOO_BACKEND=eager has one")
             if dy is None:
                 return (None,) * inputs_count
-            return gradients(ctx, dy.contiguous(), backward)
+            # a backward inside an autocast block would round the float32 gradients
+            with torch.autocast(dy.device.type, enabled=False):
+                return gradients(ctx, dy.contiguous(), backward)
 
     Eager.__name__ = Eager.__qualname__ = name
 

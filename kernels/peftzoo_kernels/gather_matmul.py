@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftzoo_kernels._backend import backend
-from peftzoo_kernels._gemm import compute_dtype, mm_float32
+from peftzoo_kernels._gemm import compute_dtype, mm_float32, to_dtype_of
 from peftzoo_kernels._registration import differentiable
 
 
@@ -31,7 +31,7 @@ def gather_matmul_ref(
 ) -> Tensor:
     """Say in plain torch what `gather_matmul` computes, in the dtype of `x`."""
     update = scale * F.linear(x[..., columns], p.to(x.dtype))
-    return update if weight is None else F.linear(x, weight, bias) + update
+    return update if weight is None else F.linear(x, weight.to(x.dtype), to_dtype_of(x, bias)) + update
 
 
 def gather_matmul(
@@ -60,11 +60,7 @@ def gather_matmul(
         TypeError: the columns are not integers.
     """
     _check(x, weight, columns, p, bias)
-    dtype = compute_dtype(x)
-    x = x.to(dtype)
-    if weight is not None:
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x = x.to(compute_dtype(x))
     trains_base = weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if trains_base or backend() == "eager":
         return gather_matmul_ref(x, weight, columns, p, bias, scale)
@@ -90,9 +86,9 @@ def _forward(
     """Return y [m, out] and x[:, columns] [m, r]."""
     gathered = x.index_select(1, columns)
     p_t = (p * scale).to(x.dtype).t()
-    y = gathered @ p_t if bias is None else torch.addmm(bias, gathered, p_t)
+    y = gathered @ p_t if bias is None else torch.addmm(bias.to(x.dtype), gathered, p_t)
     if weight is not None:
-        y.addmm_(x, weight.t())
+        y.addmm_(x, weight.to(x.dtype).t())
     return y, gathered
 
 
@@ -126,7 +122,7 @@ def _backward(
     """Return the needed ones of dx [m, in], dp [out, r]."""
     needed = []
     if columns is not None and p is not None:
-        dx = dy.new_zeros(dy.shape[0], in_features) if weight is None else dy @ weight
+        dx = dy.new_zeros(dy.shape[0], in_features) if weight is None else dy @ weight.to(dy.dtype)
         needed.append(dx.index_add_(1, columns, dy @ (p * scale).to(dy.dtype)))
     if gathered is not None:
         needed.append(scale * mm_float32(dy.t(), gathered))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftzoo_kernels._backend import backend
-from peftzoo_kernels._gemm import compute_dtype, mm_float32
+from peftzoo_kernels._gemm import compute_dtype, mm_float32, to_dtype_of
 from peftzoo_kernels._registration import differentiable
 
 
@@ -37,7 +37,7 @@ def low_rank_linear_ref(
     if s is not None:
         h = h * s.to(x.dtype)
     update = scale * F.linear(h, b.to(x.dtype))
-    return update if weight is None else F.linear(x, weight, bias) + update
+    return update if weight is None else F.linear(x, weight.to(x.dtype), to_dtype_of(x, bias)) + update
 
 
 def low_rank_linear(
@@ -67,11 +67,7 @@ def low_rank_linear(
         ValueError: the shapes do not chain, or a bias without a weight.
     """
     _check(x, weight, a, b, s, bias)
-    dtype = compute_dtype(x)
-    x = x.to(dtype)
-    if weight is not None:
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x = x.to(compute_dtype(x))
     trains_base = weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if trains_base or backend() == "eager":
         return low_rank_linear_ref(x, weight, a, b, s, bias, scale)
@@ -110,9 +106,9 @@ def _forward(
     """Return y [m, out] and h = x a^T [m, r]."""
     h = x @ a.to(x.dtype).t()
     u, b_t = _scaled(h, s, scale), b.to(x.dtype).t()
-    y = u @ b_t if bias is None else torch.addmm(bias, u, b_t)
+    y = u @ b_t if bias is None else torch.addmm(bias.to(x.dtype), u, b_t)
     if weight is not None:
-        y.addmm_(x, weight.t())
+        y.addmm_(x, weight.to(x.dtype).t())
     return y, h
 
 
@@ -159,7 +155,7 @@ def _backward(
     dh = _scaled(t, s, scale)
     if a is not None:
         dx = dh @ a.to(dy.dtype)
-        needed.append(dx if weight is None else dx.addmm_(dy, weight))
+        needed.append(dx if weight is None else dx.addmm_(dy, weight.to(dy.dtype)))
     if x is not None:
         needed.append(mm_float32(dh.t(), x))
     if need_b and h is not None:

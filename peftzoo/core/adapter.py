@@ -110,9 +110,9 @@ class LinearAdapter(nn.Module, ABC):
 
 
 def fill_unloaded(adapter: LinearAdapter) -> None:
-    """Mark every tensor of `adapter` as not yet read from its file: NaN, or -1 for integers."""
+    """Mark every tensor of `adapter` as still to come: NaN, or -1 for integers."""
     with torch.no_grad():
-        for tensor in adapter.state_dict().values():
+        for tensor in adapter.state_dict().values():  # filling a tensor on the meta device does nothing
             tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
 
 
@@ -121,5 +121,6 @@ def unloaded_tensors(adapter: LinearAdapter) -> list[str]:
     return [
         name
         for name, tensor in adapter.state_dict().items()
-        if tensor.numel() and bool((tensor.isnan() if tensor.is_floating_point() else tensor == -1).all())
+        if tensor.is_meta
+        or (tensor.numel() and bool((tensor.isnan() if tensor.is_floating_point() else tensor == -1).all()))
     ]

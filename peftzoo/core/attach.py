@@ -24,9 +24,14 @@ def attach(module: nn.Module, config: ZooConfig, adapter_name: str = "default") 
     Raises:
         ModelError: nothing matches, or a layer cannot be adapted.
     """
+    if isinstance(module, ZooLinear):
+        return _on(module, config, adapter_name)
     if layer_kind(module) is None:
         return inject_adapter_in_model(config, module, adapter_name)
-    layer = ZooLinear(module.requires_grad_(False))
+    return _on(ZooLinear(module.requires_grad_(False)), config, adapter_name)
+
+
+def _on(layer: ZooLinear, config: ZooConfig, adapter_name: str) -> ZooLinear:
     layer.add_adapter(adapter_name, config)
     layer.set_adapter([adapter_name])
     return layer

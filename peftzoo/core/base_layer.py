@@ -29,12 +29,19 @@ class LayerKind:
     transposed: bool = False
     forward: Callable[..., Tensor] | None = None
 
+    def __reduce__(self) -> tuple[Callable[[str], LayerKind], tuple[str]]:
+        return _kind_of_name, (self.name,)  # pickled by name: the predicates are functions of this file
+
     def sizes(self, module: nn.Module) -> tuple[int, int]:
         """Return in_features and out_features of a layer of this kind."""
         if self.transposed:
             rows, columns = cast(Tensor, module.weight).shape
             return rows, columns
         return cast(int, module.in_features), cast(int, module.out_features)
+
+
+def _kind_of_name(name: str) -> LayerKind:
+    return next(kind for kind in KINDS if kind.name == name)
 
 
 def _quantized_by(name: str) -> Callable[[nn.Module], bool]:

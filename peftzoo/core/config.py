@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,6 +84,12 @@ class ZooConfig(PeftConfig):
         self._require("r", isinstance(self.r, int) and not isinstance(self.r, bool) and self.r >= 1, "an integer >= 1")
         self._require("alpha", self.alpha is None or 0 < self.alpha < math.inf, "a finite number > 0, or none")
         self._require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, name), str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    self._require(name, False, f"a list of names or a regular expression: {error}")
         self._require("target_modules", bool(self.target_modules), 'names of layers or "all-linear"')
 
     @property

@@ -8,12 +8,18 @@ from __future__ import annotations
 import math
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 _TENSORS = 32
 _SAMPLES = 4
 # bfloat16 keeps 8 bits: a base stored in it may differ by 2**-8 of a value from the float32 one
 _TOLERANCE = 2.0**-7
+
+# where peft keeps what it wraps
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+_INNER = ("base_layer.", "original_module.")
 
 Fingerprint = dict[str, list[float]]
 
@@ -52,12 +58,18 @@ def difference(model: nn.Module, expected: Fingerprint) -> str | None:
 
 
 def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base's own parameters, under the names they have without any adapter."""
-    return {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if ".peftzoo_adapter." not in name and ".modules_to_save." not in name
-    }
+    """Return the base's own parameters as they are without any adapter, zoo or not, under the names they then have."""
+    found = {}
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, _WRAPPERS)}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        above = [place for place in (".".join(parts[:depth]) for depth in range(len(parts))) if place in wrappers]
+        if not all(name.removeprefix(f"{place}." if place else "").startswith(_INNER) for place in above):
+            continue  # belongs to an adapter, not to what it wraps
+        plain = ".".join(part for part in parts if f"{part}." not in _INNER)
+        kept = getattr(wrappers[above[-1]], "_weight_before_merge", None) if above else None
+        found[plain] = kept if kept is not None and parts[-1] == "weight" else parameter
+    return found
 
 
 def _sample(parameter: torch.Tensor) -> list[float]:

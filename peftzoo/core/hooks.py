@@ -32,7 +32,9 @@ def penalty(model: nn.Module) -> Tensor | None:
             terms[adapter.config.method_name].append(term)
     if not terms:
         return None
-    return torch.stack([torch.stack(layers).mean() for layers in terms.values()]).sum()
+    first = next(iter(terms.values()))[0].device  # the layers of a large model may lie on several
+    means = [torch.stack([term.to(first) for term in layers]).mean() for layers in terms.values()]
+    return torch.stack(means).sum()
 
 
 def after_step(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from peftzoo.core.adapter import LinearAdapter, fill_unloaded, unloaded_tensors
 from peftzoo.core.base_layer import layer_kind, plain_weight
 from peftzoo.core.config import ZooConfig
+from peftzoo.core.names import check_adapter_name
 from peftzoo.core.registry import get_method
 from peftzoo.errors import ModelError
 
@@ -35,6 +36,8 @@ class ZooLinear(nn.Module, BaseTunerLayer):
     get_base_weight: Callable[[], Tensor]
     set_base_weight: Callable[[Tensor], None]
     set_adapter: Callable[..., None]
+    _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device, torch.dtype]]
+    _weight_before_merge: Tensor | None
 
     def __init__(self, base_layer: nn.Module, layer_name: str = "") -> None:
         super().__init__()
@@ -50,7 +53,8 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._unloaded: set[str] = set()
-        self._weight_before_merge: Tensor | None = None
+        # a buffer, so that it follows the base to another device or dtype while an adapter is merged
+        self.register_buffer("_weight_before_merge", None, persistent=False)
 
     def frozen_weight(self) -> Tensor:
         """Return the frozen weight, [out, in], dequantised where it is packed; without any merged adapter."""
@@ -62,6 +66,7 @@ class ZooLinear(nn.Module, BaseTunerLayer):
 
         Adapters are float32, whatever the base is stored in (float64 on a float64 base).
         """
+        check_adapter_name(name)
         adapter_type = cast(type[LinearAdapter], get_method(config.method_name).adapter)
         adapter = adapter_type(config, self.in_features, self.out_features)
         adapter.layer_name = self.layer_name
@@ -70,16 +75,23 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         adapter.to(dtype)
         if not base.is_meta and not any(parameter.is_meta for parameter in adapter.parameters()):
             adapter.to(base.device)
-        if config.from_file:
+        empty = base.is_meta or any(parameter.is_meta for parameter in adapter.parameters())
+        if empty or config.from_file:
             fill_unloaded(adapter)
             self._unloaded.add(name)
-        elif not any(parameter.is_meta for parameter in adapter.parameters()) and not base.is_meta:
+        else:
             with torch.no_grad():
                 adapter.init(self.frozen_weight().to(dtype))
         self.peftzoo_adapter[name] = adapter
 
+    def loaded(self, name: str) -> None:
+        """Take note that a file with every tensor of an adapter was found fit, so that none needs to be looked for."""
+        self._unloaded.discard(name)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the updates of the active adapters, [..., in] -> [..., out]."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
         adapters = [] if self._disable_adapters or self.merged_adapters else self.active()
         if len(adapters) == 1 and not args and not kwargs and not self._drops(adapters[0]):
             weight = plain_weight(self.base_layer, self.kind, x.dtype)
@@ -124,22 +136,32 @@ class ZooLinear(nn.Module, BaseTunerLayer):
             ModelError: a merged weight would not be finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.peftzoo_adapter]
-        if not names:
-            return
+        if names:
+            merged, current = self.merged_weight(names)
+            if self._weight_before_merge is None:
+                self._weight_before_merge = current
+            self.set_base_weight(merged)
+            self.merged_adapters.extend(names)
+
+    def merged_weight(self, adapter_names: list[str]) -> tuple[Tensor, Tensor]:
+        """Return the base weight with and without the updates of the named adapters, as the base layer stores it.
+
+        Raises:
+            ModelError: the sum is not finite.
+        """
+        names = [name for name in adapter_names if name in self.peftzoo_adapter and name not in self.merged_adapters]
         self._require_loaded(names)
-        frozen, current = self.frozen_weight(), self.get_base_weight()
+        current = self.get_base_weight()
+        frozen = current if self._weight_before_merge is None else self._weight_before_merge
         total = current.to(torch.promote_types(torch.float32, current.dtype), copy=True)
         for name in names:
             with torch.no_grad():
-                delta = self.adapter(name).delta_weight(frozen)
+                delta = self.adapter(name).delta_weight(frozen.t() if self.kind.transposed else frozen)
             total += delta.t() if self.kind.transposed else delta
         merged = total.to(current.dtype)
         if not torch.isfinite(merged).all():
             raise ModelError(f"merging {', '.join(names)} into {self.layer_name} gives values that are not finite")
-        if self._weight_before_merge is None:
-            self._weight_before_merge = current
-        self.set_base_weight(merged)
-        self.merged_adapters.extend(names)
+        return merged, current
 
     def unmerge(self) -> None:
         """Put back the base weight as it was before the first merge."""
@@ -170,8 +192,9 @@ class ZooLinear(nn.Module, BaseTunerLayer):
             missing = unloaded_tensors(self.adapter(name))
             if missing:
                 raise ModelError(
-                    f"adapter {name!r}: {', '.join(missing)} of {self.layer_name} never came from a file; its config "
-                    "was read from one. To start anew use dataclasses.replace(config, base_fingerprint=None)"
+                    f"adapter {name!r}: {', '.join(missing)} of {self.layer_name} never came from a file: its config "
+                    "was read from one, or the base had no weights yet. To start anew on a loaded base use "
+                    "dataclasses.replace(config, base_fingerprint=None)"
                 )
             self._unloaded.discard(name)
 
@@ -179,5 +202,6 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         """Move an adapter to the base layer's device; its dtype stays, where peft's own would cast to the base's."""
         if adapter_name in self.peftzoo_adapter:
             adapter = self.peftzoo_adapter[adapter_name]
-            if not any(parameter.is_meta for parameter in adapter.parameters()):
-                adapter.to(device if device is not None else cast(Tensor, self.base_layer.weight).device)
+            target = torch.device(device) if device is not None else cast(Tensor, self.base_layer.weight).device
+            if target.type != "meta" and not any(parameter.is_meta for parameter in adapter.parameters()):
+                adapter.to(target)

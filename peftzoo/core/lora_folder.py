@@ -5,6 +5,7 @@ The folder needs neither peftzoo nor a change of the base: peft, vLLM and whatev
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,27 @@ from peftzoo.errors import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
 _WRAPPED = "base_model.model."
-# what a stock LoRA may say that changes what it computes or edits the base; False, None and {} say nothing
-_UNREAD = (
-    *("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"),
-    *("megatron_config", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+# settings that mean the same in a stock LoraConfig and in a ZooConfig
+_SHARED = (
+    *("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern"),
 )
-_EDITS_BASE = ("pissa", "olora", "corda", "loftq")
+# what else a stock LoRA may say without computing anything but x W^T + scale * x A^T B^T on the untouched base
+_READ = (
+    *_SHARED,
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "fan_in_fan_out",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+    ),
+    *("auto_mapping", "init_lora_weights", "megatron_core", "qalora_group_size"),
+)
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others edit the base
 
 
 def write_lora_folder(model: Any, folder: Path, adapter_name: str = "default") -> None:
@@ -78,30 +94,23 @@ def read_lora_folder(folder: Path) -> tuple[ZooConfig, dict[str, Tensor]]:
         ModelError: it uses something that the zoo's LoRA does not compute.
     """
     stock = peft.LoraConfig.from_pretrained(str(folder))
-    used = [name for name in _UNREAD if getattr(stock, name, None)]
-    used += [] if stock.bias == "none" else [f"bias={stock.bias}"]
-    start = str(stock.init_lora_weights).lower()
-    used += [f"init_lora_weights={start}"] if start.startswith(_EDITS_BASE) else []
+    plain = peft.LoraConfig()
+    used = [f.name for f in dataclasses.fields(stock) if getattr(stock, f.name) != getattr(plain, f.name)]
+    used = [f"bias={stock.bias}" if name == "bias" else name for name in used if name not in _READ]
+    used += [] if stock.init_lora_weights in _STARTS else [f"init_lora_weights={stock.init_lora_weights}"]
     if used:
         raise ModelError(f"{folder}: this LoRA uses {', '.join(used)}, which peftzoo does not read; use it with peft")
     settings: dict[str, Any] = {name: getattr(stock, name) for name in _SHARED}
     settings["target_modules"] = settings["target_modules"] or "all-linear"
-    scale = stock.lora_alpha / (stock.r**0.5 if stock.use_rslora else stock.r)
-    config = get_method("lora").make_config(
-        **settings, r=stock.r, alpha=scale * stock.r, dropout=stock.lora_dropout, base_fingerprint={}
-    )
+    make = get_method("lora").make_config
+    config = make(**settings, r=stock.r, alpha=stock.lora_alpha, dropout=stock.lora_dropout, base_fingerprint={})
+    if stock.use_rslora:
+        config.alpha = stock.lora_alpha * stock.r**0.5  # its scale is alpha / sqrt(r)
     state = load_file(folder / WEIGHTS)
     names = {".lora_A.weight": ".peftzoo_adapter.a", ".lora_B.weight": ".peftzoo_adapter.b"}
     for ending, own in names.items():
         state = {k.removesuffix(ending) + own if k.endswith(ending) else k: v for k, v in state.items()}
     return config, state
-
-
-# settings that mean the same in a stock LoraConfig and in a ZooConfig
-_SHARED = (
-    *("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "modules_to_save"),
-    *("layers_to_transform", "layers_pattern"),
-)
 
 
 def _whole(alpha: float) -> float:

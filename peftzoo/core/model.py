@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,12 +20,11 @@ from torch import Tensor, nn
 from peftzoo.core.config import ZooConfig
 from peftzoo.core.fingerprint import difference, fingerprint
 from peftzoo.core.layer import ZooLinear
+from peftzoo.core.names import check_adapter_name
 from peftzoo.core.peft_type import ZOO_PREFIX, ZOO_TYPE
 from peftzoo.core.targets import check_targets
 from peftzoo.errors import ModelError
 
-# names become folder names and parts of keys
-_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _WRAPPED = "base_model.model."
 
 
@@ -34,11 +35,16 @@ class ZooModel(BaseTuner):
     tuner_layer_cls = ZooLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
+    def _prepare_adapter_config(self, peft_config: ZooConfig, model_config: dict[str, Any]) -> ZooConfig:
+        """Go on with a copy: what is filled in for this model must not reach the next that the config is used for."""
+        name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        self.peft_config[name] = copy.copy(peft_config)
+        return self.peft_config[name]
+
     def _prepare_model(self, peft_config: ZooConfig, model: nn.Module) -> None:
         """Check everything that can be checked before the first layer is replaced."""
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        if not _ADAPTER_NAME.fullmatch(name):
-            raise ModelError(f"adapter name {name!r}: use up to 64 letters, digits, - and _, the first no - or _")
+        check_adapter_name(name)
         if not peft_config.from_file:
             peft_config.base_fingerprint = fingerprint(model)
         elif why := difference(model, cast(dict[str, list[float]], peft_config.base_fingerprint)):
@@ -70,8 +76,36 @@ class ZooModel(BaseTuner):
             return
         for layer in self.model.modules():
             if isinstance(layer, ZooLinear) and adapter_name in layer.peftzoo_adapter:
-                dtype = layer.frozen_weight().dtype
-                layer.peftzoo_adapter[adapter_name].to(dtype)
+                _, dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)
+                layer.adapter(adapter_name).to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse a batch whose rows name different adapters, which peft would otherwise ignore without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ModelError("adapter_names: one batch cannot mix zoo adapters yet; run it once per adapter")
+        yield
+
+    def unload(self) -> Any:
+        """Return the base model as it was, without any adapter, merged or not."""
+        self.unmerge_adapter()
+        return super().unload()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the named adapters (default: the active ones) in every layer, or in none if one would break."""
+        self._refuse_broken_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            self._refuse_broken_merge(kwargs.get("adapter_names"))
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    def _refuse_broken_merge(self, adapter_names: list[str] | None) -> None:
+        # every delta is made twice for it, which costs less than keeping them all, or than half a merge
+        for layer in self.model.modules():
+            if isinstance(layer, ZooLinear):
+                layer.merged_weight(layer.active_adapters if adapter_names is None else adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -80,32 +114,49 @@ class ZooModel(BaseTuner):
         """Map a file's keys to the model's, refusing a file that does not fit to the last key and number."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         found = {key.removeprefix(_WRAPPED): value for key, value in mapped.items()}
-        want = {
-            f"{name}.peftzoo_adapter.{adapter_name}.{key}".removeprefix(_WRAPPED): value
+        layers = {
+            name.removeprefix(_WRAPPED): layer
             for name, layer in model.named_modules()
             if isinstance(layer, ZooLinear) and adapter_name in layer.peftzoo_adapter
-            for key, value in layer.peftzoo_adapter[adapter_name].state_dict().items()
         }
-        _refuse_misfit(adapter_name, found, want, _kept_whole(model))
+        want = {
+            f"{name}.peftzoo_adapter.{adapter_name}.{key}": value
+            for name, layer in layers.items()
+            for key, value in layer.adapter(adapter_name).state_dict().items()
+        }
+        beside = _kept_beside(model, adapter_name)
+        _refuse_misfit(
+            adapter_name, found, want | {k: v for k, v in beside.items() if ".modules_to_save." in k}, beside
+        )
+        for layer in layers.values():
+            layer.loaded(adapter_name)
         return mapped
 
 
-def _kept_whole(model: nn.Module) -> tuple[str, ...]:
-    """Return the name prefixes of what an adapter file may hold beside the adapter: modules to save, embeddings."""
-    embeddings = {getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")}
-    return tuple(
-        f"{name.removeprefix(_WRAPPED)}."
+def _kept_beside(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return what the file of an adapter may hold beside it: its modules to save, and resized embeddings."""
+    embeddings = set()
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            embeddings.add(getattr(model, get)())
+    places = [
+        f"{name}.modules_to_save.{adapter_name}" if isinstance(module, AuxiliaryTrainingWrapper) else name
         for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) or (module in embeddings and module is not None)
-    )
+        if isinstance(module, AuxiliaryTrainingWrapper) or module in embeddings
+    ]
+    return {
+        key.removeprefix(_WRAPPED): value
+        for key, value in model.state_dict().items()
+        if ".peftzoo_adapter." not in key and any(key.startswith(f"{place}.") for place in places)
+    }
 
 
 def _refuse_misfit(
-    adapter: str, found: dict[str, Tensor], want: dict[str, Tensor], kept_whole: tuple[str, ...]
+    adapter: str, found: dict[str, Tensor], want: dict[str, Tensor], allowed: dict[str, Tensor]
 ) -> None:
-    """Raise ModelError unless `found` holds exactly the tensors `want`, in their shapes, all finite."""
+    """Raise ModelError unless `found` holds the tensors `want`, in their shapes, all finite, and no strangers."""
     missing = want.keys() - found.keys()
-    unexpected = {key for key in found.keys() - want.keys() if not key.startswith(kept_whole)}
+    unexpected = found.keys() - want.keys() - allowed.keys()
     misshapen = [
         f"{key} {list(found[key].shape)} instead of {list(value.shape)}"
         for key, value in want.items()

@@ -106,11 +106,13 @@ def register(name: str, *, config: type[PeftConfig], paper: str, **capabilities:
         **capabilities: the further attributes of `Method`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or the config belongs to another method.
     """
 
     def decorate(adapter: Adapter) -> Adapter:
         summary = (adapter.__doc__ or "").strip().split("\n")[0]
+        if name not in _methods and "method_name" in vars(config):
+            raise ValueError(f"{config.__name__} belongs to {config.method_name}; give {name} a config of its own")
         _add(Method(name, config, adapter, paper, summary, **capabilities))
         config.method_name = name
         return adapter

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from peftzoo.core.config import ZooConfig
 from peftzoo.core.lora_folder import WEIGHTS, read_lora_folder, write_lora_folder
+from peftzoo.core.names import check_adapter_name
 from peftzoo.core.registry import get_method
 from peftzoo.errors import ModelError
 
 CONFIG = "adapter_config.json"
+_METADATA = {"format": "pt"}
 
 
 def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
@@ -28,7 +34,12 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     if isinstance(config, ZooConfig) and get_method(config.method_name).stock_lora:
         write_lora_folder(model, Path(folder), adapter_name)
         return
-    model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    stored = copy.copy(config)
+    stored.inference_mode = True
+    stored.save_pretrained(str(folder))
+    # clones, because safetensors refuses tensors that share memory
+    save_file({key: value.detach().cpu().clone() for key, value in state.items()}, Path(folder) / WEIGHTS, _METADATA)
 
 
 def load_adapter(
@@ -46,20 +57,28 @@ def load_adapter(
         ModelError: the folder is not a complete adapter, holds a pickle, or does not fit `base`.
     """
     folder = Path(folder)
+    check_adapter_name(adapter_name)
     config = read_config(folder)
-    if config.get("peft_type") == "LORA":
-        lora, state = read_lora_folder(folder)
-        lora.inference_mode = not is_trainable
-        model = get_peft_model(base, lora, adapter_name)
-        set_peft_model_state_dict(model, state, adapter_name)
-        return model
+    before = dict(base.named_modules())
     try:
-        model = PeftModel.from_pretrained(base, str(folder), adapter_name, is_trainable=is_trainable)
-    except ModelError:
+        if config.get("peft_type") == "LORA":
+            lora, state = read_lora_folder(folder)
+            lora.inference_mode = not is_trainable
+            model = get_peft_model(base, lora, adapter_name)
+            set_peft_model_state_dict(model, state, adapter_name)
+        else:
+            model = PeftModel.from_pretrained(base, str(folder), adapter_name, is_trainable=is_trainable)
+        if not isinstance(model.peft_config[adapter_name], ZooConfig):  # those were checked to the last tensor
+            _refuse_partial(model, folder, adapter_name)
+    except Exception as error:
+        _put_back(base, before)
+        if isinstance(error, ModelError):
+            raise
+        if isinstance(error, KeyError):  # peft looks up modules_to_save one by one
+            raise ModelError(f"{folder} does not fit this model; 1 missing: {error.args[0]}") from error
+        if isinstance(error, (TypeError, ValueError, RuntimeError)):
+            raise ModelError(f"{folder}: {error}") from error
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder}: {error}") from error
-    _refuse_partial(model, folder, adapter_name)
     return model
 
 
@@ -77,6 +96,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except ValueError as error:
         raise ModelError(f"{folder / CONFIG}: {error}") from error
+    if config.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ModelError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is known to nobody here")
     if not (folder / WEIGHTS).is_file():
         pickled = " (a pickle can run code and is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise ModelError(f"{folder} has no {WEIGHTS}{pickled}")
@@ -86,6 +107,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ModelError(f"{folder / WEIGHTS}: {error}") from error
     return config
+
+
+def _put_back(base: nn.Module, before: dict[str, nn.Module]) -> None:
+    """Undo an injection that came to nothing: every module of `before` is where it was."""
+    for name, module in before.items():
+        parent, _, child = name.rpartition(".")
+        if name and getattr(before[parent], child) is not module:
+            setattr(before[parent], child, module)
+    if not any(isinstance(module, BaseTunerLayer) for module in before.values()):
+        vars(base).pop("peft_config", None)
 
 
 def _refuse_partial(model: PeftModel, folder: Path, adapter_name: str) -> None:

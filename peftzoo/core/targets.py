@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
@@ -45,6 +46,7 @@ def check_targets(config: ZooConfig, model: nn.Module) -> None:
             for name, module in modules.items()
             if not name.startswith(adapted) and check_target_module_exists(config, name)
         },
+        modules,
     )
 
 
@@ -65,6 +67,11 @@ def _refuse_unmatched(patterns: Iterable[str] | str, modules: dict[str, nn.Modul
         missed = sorted(p for p in patterns if not any(_matches(p, name) for name in modules))
     if not missed:
         return
+    if isinstance(patterns, str) and any(_matches(patterns, name) for name in modules):
+        raise ModelError(
+            f"target_modules: {patterns!r} is a regular expression for whole names and matches none; to adapt the "
+            f"layers whose names end so, write [{patterns!r}]"
+        )
     suffixes = Counter(name.rsplit(".", 1)[-1] for name, module in modules.items() if layer_kind(_base(module)))
     guesses = [f"{p} (did you mean {guess}?)" if (guess := nearest(p, suffixes)) else p for p in missed[:5]]
     more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
@@ -74,7 +81,7 @@ def _refuse_unmatched(patterns: Iterable[str] | str, modules: dict[str, nn.Modul
     )
 
 
-def _refuse_kinds(config: ZooConfig, targets: dict[str, nn.Module]) -> None:
+def _refuse_kinds(config: ZooConfig, targets: dict[str, nn.Module], modules: dict[str, nn.Module]) -> None:
     if not targets:
         raise ModelError("target_modules: every layer they match is excluded; check exclude_modules and layer indices")
     method = get_method(config.method_name)
@@ -82,8 +89,18 @@ def _refuse_kinds(config: ZooConfig, targets: dict[str, nn.Module]) -> None:
     for name, module in targets.items():
         base = _base(module)
         kind = layer_kind(base)
+        parent = modules.get(name.rpartition(".")[0])
         if kind is None or kind.name not in method.layers:
             refused.append(f"{name} ({type(base).__name__})")
+        elif isinstance(parent, nn.TransformerEncoderLayer):
+            # its fast path reads the weights of its layers without ever calling them
+            refused.append(f"{name} (within {type(parent).__name__})")
+        elif method.adapter is not None:
+            try:
+                with torch.device("meta"):
+                    method.adapter(config, *kind.sizes(base))
+            except ValueError as error:
+                raise ModelError(f"{name}: {error}") from None
     if refused:
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ModelError(

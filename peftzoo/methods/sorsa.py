@@ -80,13 +80,11 @@ class Sorsa(LinearAdapter):
             getattr(self, f"{name}0").copy_(start)
 
     def factors(self) -> Factors:
-        """Return trained triplets and anchors side by side, rank 2r."""
-        return Factors(
-            a=torch.cat((self.vt, self.vt0)),
-            b=torch.cat((self.u, self.u0), dim=1),
-            s=torch.cat((self.s, -self.s0)),
-            scale=self.config.scale,
-        )
+        """Return dW as US (V - V0)^T + (US - U0S0) V0^T, rank 2r."""
+        # two products of differences: in bfloat16 the difference of two products would drown small steps in rounding
+        us, us0 = self.u * self.s, self.u0 * self.s0
+        a = torch.cat((self.vt - self.vt0, self.vt0))
+        return Factors(a, torch.cat((us, us - us0), dim=1), scale=self.config.scale)
 
     def penalty(self) -> Tensor | None:
         """Return gamma / 2 * (|U^T U - I|_F + |V^T V - I|_F), a scalar."""

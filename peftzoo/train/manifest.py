@@ -30,6 +30,7 @@ def describe_run(recipe: Recipe, accelerator: Accelerator, model: PeftModel) -> 
     trained, total = parameter_counts(model)
     return {
         "model": recipe.model.name_or_path,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "method": recipe.method.name,
         "recipe_sha256": recipe_digest(recipe),
         "seed": recipe.train.seed,

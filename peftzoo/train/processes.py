@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,6 +21,7 @@ from peftzoo.train.checks import check_environment, check_world
 T = TypeVar("T")
 CORES = torch.get_num_threads()  # torch starts with one thread for each physical core that the process may use
 MOST_THREADS = 4
+SETTLE_SECONDS = 0.5
 
 
 @contextmanager
@@ -48,6 +50,11 @@ def joined_processes(mixed_precision: str, digest: str) -> Iterator[Accelerator]
             logging.disable_progress_bar()
         yield accelerator
     finally:
+        if accelerator.num_processes > 1:
+            # The threads of gloo may still be letting go of tensors, for which they need Python's lock. A group that
+            # is taken down meanwhile waits for them and keeps the lock: on a busy machine 4 of 16 runs hung or
+            # crashed at their very end, and with this pause none of 64.
+            time.sleep(SETTLE_SECONDS)
         accelerator.end_training()
         # accelerate remembers device and precision for good; the next run of this process may want others
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,7 +7,7 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
 
@@ -25,14 +25,13 @@ class Report:
     def __enter__(self) -> Self:
         if self._prints and sys.stdout.isatty():
             self._bar = Progress(
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
                 TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
                 TimeRemainingColumn(),
                 console=Console(),
                 expand=True,
             )
-            self._task = self._bar.add_task("", total=self._steps)
+            self._task = self._bar.add_task(f"step 0/{self._steps}", total=self._steps)
             self._bar.start()
         return self
 
@@ -60,12 +59,12 @@ class Report:
             rate: steps per second.
             logged: the recipe asks for a line after this step.
         """
-        facts = f"loss {loss:.4f}  lr {learning_rate:.2e}  {rate:.1f} steps/s"
+        line = f"step {number}/{self._steps}  loss {loss:.4f}  lr {learning_rate:.2e}  {rate:.1f} steps/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=number, description=facts)
+            self._bar.update(self._task, completed=number, description=line)
         elif logged:
             left = (self._steps - number) / rate
-            self.say(f"step {number}/{self._steps}  {facts}  {left:.0f} s left")
+            self.say(f"{line}  {left:.0f} s left")
 
     def _write(self, text: str) -> None:
         try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class RunFolder:
         """Give the folder back, for a run that ended before its first step and has nothing to show."""
         for name in (MANIFEST, RECIPE, METRICS):
             (self.path / name).unlink(missing_ok=True)
-        self.path.rmdir()
+        with suppress(OSError):  # somebody else's files are in it
+            self.path.rmdir()
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write the recipe, complete; like every write here it raises CheckpointError where it cannot."""

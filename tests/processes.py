@@ -1,0 +1,25 @@
+"""Programs started by tests: this checkout's code, whatever is installed, and never the network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PEFTZOO = (sys.executable, "-m", "peftzoo")
+
+
+def environment(**variables):
+    """Return the environment of a program; a variable given as None is taken out of it."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    wanted = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | variables
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def start(*command, **variables):
+    """Run a command in the working directory; return what it said and how it ended."""
+    return subprocess.run(
+        [*map(str, command)], env=environment(**variables), capture_output=True, text=True, check=False
+    )
