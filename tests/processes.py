@@ -20,6 +20,12 @@ def environment(**variables):
 
 def start(*command, **variables):
     """Run a command in the working directory; return what it said and how it ended."""
-    return subprocess.run(
-        [*map(str, command)], env=environment(**variables), capture_output=True, text=True, check=False
-    )
+    pipe = subprocess.PIPE
+    program = subprocess.Popen([*map(str, command)], env=environment(**variables), stdout=pipe, stderr=pipe, text=True)
+    try:
+        said, complained = program.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        program.terminate()  # not kill: a launcher that is asked to end takes its processes with it
+        program.communicate()
+        raise
+    return subprocess.CompletedProcess(program.args, program.returncode, said, complained)

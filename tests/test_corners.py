@@ -129,9 +129,7 @@ def test_adapters_in_the_dtype_of_the_base_on_request(llama, tokens):
     assert_differs(logits(shake(model), tokens).float(), logits(copy.deepcopy(llama).bfloat16(), tokens).float())
 
 
-@pytest.mark.parametrize(
-    "hook", ["register_full_backward_hook", "register_full_backward_pre_hook", "register_forward_pre_hook"]
-)
+@pytest.mark.parametrize("hook", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_hooks_of_the_base_layer_are_called(hook):
     base = nn.Linear(8, 6)
     called = []

@@ -146,6 +146,13 @@ def test_sample_shows_what_is_trained():
     assert f"{ROWS[0]['prompt'].strip()}\\n[[{ROWS[0]['completion']}<|end|>]]" in shown
 
 
+def test_sample_of_a_long_row_is_short():
+    (example,), _ = encode([("x " * 300, "y " * 300)], max_length=2000)
+    shown = encoder().describe(example)
+    assert len(shown) < 500
+    assert "x [[y" in shown
+
+
 def test_token_or_place_the_model_lacks_is_refused(monkeypatch, llama):
     task = CausalLM(small_recipe())
     monkeypatch.setattr("peftzoo.train.causal_lm.load_base", lambda *_: llama)

@@ -18,7 +18,7 @@ class Report:
     """
 
     def __init__(self, *, prints: bool, steps: int) -> None:
-        self._prints = prints
+        self._prints = prints and sys.stdout is not None
         self._steps = steps
         self._bar: Progress | None = None
 
@@ -69,7 +69,7 @@ class Report:
     def _write(self, text: str) -> None:
         try:
             print(text, flush=True)
-        except (BrokenPipeError, ValueError):
+        except OSError:
             self._prints = False
             # Python flushes stdout once more when it ends, which would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,8 @@ from peftzoo.train.recipe import DataSettings
 IGNORED = -100
 """The label that the models of transformers leave out of their loss."""
 
+VISIBLE = 200  # characters of a row shown on either side of where training begins
+
 
 @dataclass(frozen=True)
 class Example:
@@ -118,9 +120,11 @@ class Encoder:
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
     def describe(self, example: Example) -> str:
-        """Return the text of an example on one line, its trained tokens in double square brackets."""
+        """Return the text of an example on one line, around where its trained tokens begin; they stand in [[ ]]."""
         first = max(example.masked, 1)
-        read, trained = (self._visible(part) for part in (example.ids[:first], example.ids[first:]))
+        read, trained = self._visible(example.ids[:first]), self._visible(example.ids[first:])
+        read = read if len(read) <= VISIBLE else f"...{read[-VISIBLE:]}"
+        trained = trained if len(trained) <= VISIBLE else f"{trained[:VISIBLE]}..."
         return f"{len(example.ids)} tokens, {example.trained} of them trained, in [[ ]]: {read}[[{trained}]]"
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
