@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: no test may touch the network
+# before any import
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may touch the network
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # models this small only lose time to threads, and rounding depends on their number
+)
 
 import copy
 

@@ -258,6 +258,13 @@ def test_run_that_diverges_stops_and_saves_no_broken_adapter(rate, finite, capsy
     assert not finite or all(tensor.isfinite().all() for tensor in adapter(saved).values())
 
 
+def test_evaluation_that_is_not_finite_stops(monkeypatch):
+    monkeypatch.setattr(causal_lm, "mean_loss", lambda *_, **__: float("nan"))
+    with pytest.raises(NonFiniteError, match="the evaluation after step 0: eval loss nan"):
+        train(small_recipe())
+    assert list(Path("runs").iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_out_of_memory_says_what_to_change(monkeypatch, error):
     stop_at(monkeypatch, 2, error)

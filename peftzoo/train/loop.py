@@ -195,6 +195,8 @@ class _Run:
         self.model.train()
         if found is not None:
             step = self.stepper.taken
+            if not all(map(math.isfinite, found.metrics.values())):
+                raise NonFiniteError(f"the evaluation after step {step}: {metrics_line(found.metrics)}")
             self._log("eval", step=step, **found.metrics)
             self.report.say(f"step {step}/{self.steps}  {metrics_line(found.metrics)}")
         return found
