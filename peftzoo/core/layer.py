@@ -73,9 +73,9 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         base = cast(Tensor, self.base_layer.weight)
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         adapter.to(dtype)
-        if not base.is_meta and not any(parameter.is_meta for parameter in adapter.parameters()):
-            adapter.to(base.device)
         empty = base.is_meta or any(parameter.is_meta for parameter in adapter.parameters())
+        if not empty:
+            adapter.to(base.device)
         if empty or config.from_file:
             fill_unloaded(adapter)
             self._unloaded.add(name)

@@ -29,17 +29,8 @@ _SHARED = (
 # what else a stock LoRA may say without computing anything but x W^T + scale * x A^T B^T on the untouched base
 _READ = (
     *_SHARED,
-    *(
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "fan_in_fan_out",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-    ),
-    *("auto_mapping", "init_lora_weights", "megatron_core", "qalora_group_size"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "init_lora_weights", "inference_mode"),
+    *("peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"),
 )
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others edit the base
 
@@ -82,9 +73,15 @@ def write_lora_folder(model: Any, folder: Path, adapter_name: str = "default") -
     stock.lora_alpha = _whole(scales.pop() * stock.r)
     if isinstance(stock.target_modules, set):  # an order of its own, so that equal adapters make equal files
         stock.target_modules = sorted(stock.target_modules)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / WEIGHTS, {"format": "pt"})
     stock.save_pretrained(str(folder))
+    write_weights(folder, state)
+
+
+def write_weights(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the tensors of an adapter into its folder, as peft does."""
+    # clones, because safetensors refuses tensors that share memory
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def read_lora_folder(folder: Path) -> tuple[ZooConfig, dict[str, Tensor]]:

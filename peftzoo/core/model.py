@@ -37,13 +37,13 @@ class ZooModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: ZooConfig, model_config: dict[str, Any]) -> ZooConfig:
         """Go on with a copy: what is filled in for this model must not reach the next that the config is used for."""
-        name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        name = self._name_of(peft_config)
         self.peft_config[name] = copy.copy(peft_config)
         return self.peft_config[name]
 
     def _prepare_model(self, peft_config: ZooConfig, model: nn.Module) -> None:
         """Check everything that can be checked before the first layer is replaced."""
-        name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        name = self._name_of(peft_config)
         check_adapter_name(name)
         if not peft_config.from_file:
             peft_config.base_fingerprint = fingerprint(model)
@@ -53,6 +53,9 @@ class ZooModel(BaseTuner):
                 '"base_fingerprint" to null in its adapter_config.json'
             )
         check_targets(peft_config, model)
+
+    def _name_of(self, peft_config: ZooConfig) -> str:
+        return next(name for name, config in self.peft_config.items() if config is peft_config)
 
     def _create_and_replace(
         self,
@@ -137,7 +140,7 @@ def _kept_beside(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return what the file of an adapter may hold beside it: its modules to save, and resized embeddings."""
     embeddings = set()
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(AttributeError, NotImplementedError):
+        with suppress(AttributeError, NotImplementedError):  # a model without embeddings lacks or refuses the getter
             embeddings.add(getattr(model, get)())
     places = [
         f"{name}.modules_to_save.{adapter_name}" if isinstance(module, AuxiliaryTrainingWrapper) else name

@@ -11,17 +11,15 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from peftzoo.core.config import ZooConfig
-from peftzoo.core.lora_folder import WEIGHTS, read_lora_folder, write_lora_folder
+from peftzoo.core.lora_folder import WEIGHTS, read_lora_folder, write_lora_folder, write_weights
 from peftzoo.core.names import check_adapter_name
 from peftzoo.core.registry import get_method
 from peftzoo.errors import ModelError
 
 CONFIG = "adapter_config.json"
-_METADATA = {"format": "pt"}
 
 
 def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
@@ -38,8 +36,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     stored = copy.copy(config)
     stored.inference_mode = True
     stored.save_pretrained(str(folder))
-    # clones, because safetensors refuses tensors that share memory
-    save_file({key: value.detach().cpu().clone() for key, value in state.items()}, Path(folder) / WEIGHTS, _METADATA)
+    write_weights(Path(folder), state)
 
 
 def load_adapter(
