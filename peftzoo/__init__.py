@@ -20,7 +20,7 @@ from importlib.metadata import version as _version
 from peftzoo.core.adapter import Factors, LinearAdapter
 from peftzoo.core.attach import attach
 from peftzoo.core.config import ZooConfig
-from peftzoo.core.hooks import after_step, penalty
+from peftzoo.core.hooks import after_step, penalty, regularizer
 from peftzoo.core.layer import ZooLinear
 from peftzoo.core.model import ZooModel
 from peftzoo.core.registry import Method, adopt, get_method, list_methods, register
@@ -50,5 +50,6 @@ __all__ = [
     "load_adapter",
     "penalty",
     "register",
+    "regularizer",
     "save_adapter",
 ]

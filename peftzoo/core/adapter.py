@@ -7,11 +7,15 @@ by an adapter's name; names, merging, casting, devices and files are the busines
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
 
+from peftzoo.errors import ModelError
 from peftzoo_kernels import gather_matmul, low_rank_linear
 
 if TYPE_CHECKING:
@@ -19,28 +23,34 @@ if TYPE_CHECKING:
 
 
 class Factors(NamedTuple):
-    """A low-rank update: y += scale * ((x a^T) * s) b^T.
+    """A low-rank update: y = out_scale * (x W^T + scale * ((x a^T) * s) b^T) + bias.
 
     Attributes:
         a: down factor, [r, in]; or, as integers [r], the input columns that a gather takes instead.
         b: up factor, [out, r].
         s: middle diagonal, [r]; None means all ones.
         scale: scalar factor.
+        out_scale: factor of every output, the frozen product included, [out]; None means all ones.
     """
 
     a: Tensor
     b: Tensor
     s: Tensor | None = None
     scale: float = 1.0
+    out_scale: Tensor | None = None
 
     def linear(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Return x W^T + bias + update, [..., out], from x [..., in]; without a weight, the update alone."""
+        """Return y, [..., out], from x [..., in]; without a weight, out_scale times the low-rank product alone."""
+        if self.out_scale is not None:
+            y = self._replace(out_scale=None).linear(x, weight)
+            y = y * self.out_scale.to(y.dtype)
+            return y if bias is None else y + bias.to(y.dtype)
         if self.a.is_floating_point():
             return low_rank_linear(x, weight, self.a, self.b, self.s, bias, self.scale)
         return gather_matmul(x, weight, self.a, self._up(), bias, self.scale)
 
     def dense(self, in_features: int) -> tuple[Tensor, Tensor]:
-        """Return a [r, in] and b * s [out, r]: the two matrices of a plain LoRA, `scale` left out."""
+        """Return a [r, in] and b * s [out, r]: the two matrices of a plain LoRA, the scales left out."""
         if self.a.is_floating_point():
             return self.a, self._up()
         rows = self.b.new_zeros(self.a.shape[0], in_features)
@@ -58,7 +68,7 @@ class LinearAdapter(nn.Module, ABC):
     other gives `forward` and `delta_weight` in place of `factors`.
 
     Attributes:
-        config: the method's settings.
+        config: the method's settings for this layer.
         in_features: columns of W.
         out_features: rows of W.
         layer_name: dotted name of the adapted layer in its model; "" for an adapter that stands on its own.
@@ -71,6 +81,7 @@ class LinearAdapter(nn.Module, ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.layer_name = ""
+        self._read_weight: Callable[[], Tensor] | None = None
 
     @abstractmethod
     def init(self, weight: Tensor) -> None:
@@ -84,17 +95,58 @@ class LinearAdapter(nn.Module, ABC):
         """Return the update of the weight, [out, in]; `weight` is the frozen one, for methods that depend on it."""
         factors = self._low_rank()
         a, b = factors.dense(self.in_features)
-        return factors.scale * (b @ a)
+        delta = factors.scale * (b @ a)
+        if factors.out_scale is None:
+            return delta
+        weight = weight.to(delta.dtype)
+        return factors.out_scale[:, None] * (weight + delta) - weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update of the output, [..., in] -> [..., out], in the dtype of `x`."""
-        return self._low_rank().linear(x)
+        factors = self._low_rank()
+        update = factors.linear(x)
+        if factors.out_scale is None:
+            return update
+        return update + F.linear(x, self.frozen_weight().to(x.dtype)) * (factors.out_scale - 1).to(x.dtype)
 
-    def penalty(self) -> Tensor | None:
-        """Return this layer's extra loss term, a scalar, or None.
+    def stand_on(self, layer_name: str, frozen_weight: Callable[[], Tensor]) -> None:
+        """Take note of the layer this adapter sits on: its name, and how to read its frozen weight [out, in]."""
+        self.layer_name, self._read_weight = layer_name, frozen_weight
+
+    @classmethod
+    def share(cls, adapters: Sequence[Self]) -> None:
+        """Let the adapters of one name on one model know each other, for what they share.
+
+        Called once, when all of them are in place, in the order of the layers. A reference to another adapter must
+        not become a child module: keep it in a tuple. An adapter that stands alone is never called.
+        """
+        return None
+
+    def frozen_weight(self) -> Tensor:
+        """Return the frozen weight of the layer, [out, in], dequantised, in the adapter's dtype, without any adapter.
+
+        Raises:
+            ModelError: the adapter stands on no layer.
+        """
+        if self._read_weight is None:
+            raise ModelError(f"{type(self).__name__} needs the frozen weight and stands on no layer")
+        return self._read_weight().detach().to(next(self.parameters()).dtype)
+
+    def penalty(self, accumulation: int = 1) -> Tensor | None:
+        """Return this layer's penalty, a scalar, or None.
 
         Trainers average it over the layers. It is decoupled from the learning rate: its gradient, divided by the peak
         learning rate, is added after clipping.
+
+        Args:
+            accumulation: micro-batches of the step.
+        """
+        return None
+
+    def regularizer(self) -> Tensor | None:
+        """Return this layer's extra term of the loss, a scalar, or None.
+
+        Trainers sum it over the layers, and clip its gradient together with the task's.
         """
         return None
 

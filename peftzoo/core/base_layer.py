@@ -1,16 +1,19 @@
-"""The kinds of frozen layers an adapter can sit on, and how to read a weight [out, in] from each."""
+"""The kinds of frozen layers an adapter can sit on, and how each stores and uses a weight [out, in]."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
+
+from peftzoo.core.adapter import LinearAdapter
+from peftzoo.core.conv import conv_update
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,15 @@ class LayerKind:
         name: its name in capability declarations and messages.
         matches: whether a module is of this kind.
         transposed: the weight is stored [in, out].
-        forward: the forward of a layer that is x W^T + bias and nothing else; None where W is packed.
+        forward: the forward of a layer that is x W^T + bias and nothing else; None where it is more, or W is packed.
+        update: what an adapter adds to the output of a layer of this kind, from the layer, the adapter and x.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     transposed: bool = False
     forward: Callable[..., Tensor] | None = None
+    update: Callable[[Any, LinearAdapter, Tensor], Tensor] = lambda _, adapter, x: adapter(x)
 
     def __reduce__(self) -> tuple[Callable[[str], LayerKind], tuple[str]]:
         return _kind_of_name, (self.name,)  # pickled by name: the predicates are functions of this file
@@ -37,7 +42,17 @@ class LayerKind:
         if self.transposed:
             rows, columns = cast(Tensor, module.weight).shape
             return rows, columns
+        if isinstance(module, nn.Conv2d):
+            return module.weight[0].numel(), module.out_channels
         return cast(int, module.in_features), cast(int, module.out_features)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight as it is stored as [out, in]; a view."""
+        return weight.t() if self.transposed else weight.flatten(1)
+
+    def stored(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Return a matrix [out, in] as this kind stores it, in `shape`."""
+        return matrix.t() if self.transposed else matrix.reshape(shape)
 
 
 def _kind_of_name(name: str) -> LayerKind:
@@ -61,9 +76,14 @@ def _plain_linear(module: nn.Module) -> bool:
     )
 
 
+def _plain_conv2d(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == 1
+
+
 KINDS = (
     LayerKind("linear", _plain_linear, forward=nn.Linear.forward),
     LayerKind("conv1d", lambda module: isinstance(module, Conv1D), transposed=True, forward=Conv1D.forward),
+    LayerKind("conv2d", _plain_conv2d, update=conv_update),
     LayerKind("bnb-4bit", _quantized_by("bnb 4bit")),
     LayerKind("bnb-8bit", _quantized_by("bnb 8bit")),
 )
@@ -87,4 +107,4 @@ def plain_weight(module: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Tens
     weight = cast(Tensor, module.weight)
     if weight.dtype != dtype and not torch.is_autocast_enabled(weight.device.type):
         return None
-    return weight.t() if kind.transposed else weight
+    return kind.matrix(weight)

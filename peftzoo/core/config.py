@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft import PeftConfig
+from typing_extensions import Self
 
 from peftzoo.core.peft_type import ZOO_TYPE
 from peftzoo.core.registry import get_method, unknown_setting
@@ -32,6 +34,10 @@ class ZooConfig(PeftConfig):
         modules_to_save: names of modules trained and saved whole beside the adapter.
         layers_to_transform: indices of the blocks to adapt; None means all.
         layers_pattern: name of the list of blocks that the indices count in.
+        rank_pattern: ranks of single layers, by their names or ends of names; 0 adapts none.
+        alpha_pattern: alphas of single layers, likewise.
+        lr_ratios: learning rates of single trained tensors relative to the others', by the tensor's name in the
+            method, such as {b: 16}.
         seed: seed of the method's random draws.
         base_fingerprint: samples of the base the adapter was made on; filled in by the library.
 
@@ -48,6 +54,9 @@ class ZooConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    lr_ratios: dict[str, float] | None = None
     seed: int = 0
     base_fingerprint: dict[str, list[float]] | None = None
 
@@ -90,12 +99,32 @@ class ZooConfig(PeftConfig):
                     re.compile(pattern)
                 except re.error as error:
                     self._require(name, False, f"a list of names or a regular expression: {error}")
+        for name, least in {"rank_pattern": 0, "alpha_pattern": math.ulp(0), "lr_ratios": math.ulp(0)}.items():
+            values = (getattr(self, name) or {}).values()
+            bound = "at least 0" if name == "rank_pattern" else "finite and above 0"
+            self._require(name, all(least <= value < math.inf for value in values), f"names with numbers {bound}")
         self._require("target_modules", bool(self.target_modules), 'names of layers or "all-linear"')
 
     @property
     def scale(self) -> float:
         """Factor of the update: alpha / r, or 1."""
         return 1.0 if self.alpha is None else self.alpha / self.r
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the start is taken from data: then `calibrate` has to fill in what `init` left open."""
+        return False
+
+    def for_layer(self, name: str) -> Self | None:
+        """Return the settings of the layer `name`, its rank and alpha looked up; None if it gets no adapter."""
+        r, alpha = (_of_layer(pattern, name) for pattern in (self.rank_pattern, self.alpha_pattern))
+        if r == 0:
+            return None
+        if r is None and alpha is None:
+            return self
+        own = copy.copy(self)
+        own.r, own.alpha = r or self.r, alpha or self.alpha
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for a file, sets as sorted lists so that equal configs make equal files."""
@@ -107,3 +136,9 @@ class ZooConfig(PeftConfig):
     def _require(self, name: str, holds: bool, bound: str) -> None:
         if not holds:
             raise ValueError(f"{self.method_name}: {name}={getattr(self, name)!r} must be {bound}")
+
+
+def _of_layer(pattern: dict[str, Any] | None, name: str) -> Any:
+    """Return what `pattern` says about a layer, by the longest of its keys that the name ends in."""
+    fitting = [key for key in pattern or {} if name == key or name.endswith(f".{key}")]
+    return pattern[max(fitting, key=len)] if pattern and fitting else None

@@ -1,11 +1,10 @@
-"""What a training loop owes the adapters of a model: the penalty in the loss, a call after each step."""
+"""What a training loop owes the adapters of a model: their terms of the loss, a call after each step."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from peftzoo.core.adapter import LinearAdapter
@@ -19,22 +18,36 @@ def active_adapters(model: nn.Module) -> Iterator[LinearAdapter]:
             yield from module.active()
 
 
-def penalty(model: nn.Module) -> Tensor | None:
-    """Return the extra loss term of the active adapters, a scalar, or None if they have none.
+def penalty(model: nn.Module, accumulation: int = 1) -> Tensor | None:
+    """Return the penalty of the active adapters, a scalar, or None if they have none.
 
     Each method's terms are averaged over its layers. Add its gradient, divided by the peak learning rate, once per
     optimizer step, after clipping.
+
+    Args:
+        model: any model with zoo adapters.
+        accumulation: micro-batches of the step.
     """
     terms: dict[str, list[Tensor]] = defaultdict(list)
     for adapter in active_adapters(model):
-        term = adapter.penalty()
+        term = adapter.penalty(accumulation)
         if term is not None:
             terms[adapter.config.method_name].append(term)
-    if not terms:
-        return None
-    first = next(iter(terms.values()))[0].device  # the layers of a large model may lie on several
-    means = [torch.stack([term.to(first) for term in layers]).mean() for layers in terms.values()]
-    return torch.stack(means).sum()
+    return _total([_total(layers) / len(layers) for layers in terms.values()]) if terms else None
+
+
+def regularizer(model: nn.Module) -> Tensor | None:
+    """Return the extra term of the loss of the active adapters, summed over layers, or None if they have none.
+
+    Add it to the loss of a step, once however many micro-batches the step has.
+    """
+    terms = [term for adapter in active_adapters(model) if (term := adapter.regularizer()) is not None]
+    return _total(terms) if terms else None
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    # one by one: the layers of a large model may lie on several devices
+    return sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
 
 
 def after_step(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""ZooLinear: a frozen linear layer with any number of adapters on it, of any methods, by name."""
+"""ZooLinear: a frozen linear layer, or convolution, with any number of adapters on it, of any methods, by name."""
 
 from __future__ import annotations
 
@@ -53,23 +53,36 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._unloaded: set[str] = set()
+        self._uncalibrated: set[str] = set()
         # a buffer, so that it follows the base to another device or dtype while an adapter is merged
         self.register_buffer("_weight_before_merge", None, persistent=False)
 
     def frozen_weight(self) -> Tensor:
         """Return the frozen weight, [out, in], dequantised where it is packed; without any merged adapter."""
         weight = self._weight_before_merge if self._weight_before_merge is not None else self.get_base_weight()
-        return weight.t() if self.kind.transposed else weight
+        return self.kind.matrix(weight)
 
     def add_adapter(self, name: str, config: ZooConfig) -> None:
         """Add an adapter: filled by its method's `init`, or left to be filled from a file.
 
         Adapters are float32, whatever the base is stored in (float64 on a float64 base).
+
+        Raises:
+            ModelError: the method adapts no layer of this kind, or not this one.
         """
         check_adapter_name(name)
-        adapter_type = cast(type[LinearAdapter], get_method(config.method_name).adapter)
-        adapter = adapter_type(config, self.in_features, self.out_features)
-        adapter.layer_name = self.layer_name
+        method = get_method(config.method_name)
+        if self.kind.name not in method.layers:
+            raise ModelError(
+                f"{method.name} adapts no {self.kind.name} layer such as {self.layer_name or 'this'}; it adapts "
+                f"{', '.join(method.layers)}"
+            )
+        own = config.for_layer(self.layer_name)
+        if own is None:
+            raise ModelError(f"adapter {name!r}: rank_pattern gives {self.layer_name or 'this layer'} the rank 0")
+        adapter_type = cast(type[LinearAdapter], method.adapter)
+        adapter = adapter_type(own, self.in_features, self.out_features)
+        adapter.stand_on(self.layer_name, self.frozen_weight)
         base = cast(Tensor, self.base_layer.weight)
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         adapter.to(dtype)
@@ -82,11 +95,17 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         else:
             with torch.no_grad():
                 adapter.init(self.frozen_weight().to(dtype))
+            if config.needs_data:
+                self._uncalibrated.add(name)
         self.peftzoo_adapter[name] = adapter
 
     def loaded(self, name: str) -> None:
         """Take note that a file with every tensor of an adapter was found fit, so that none needs to be looked for."""
         self._unloaded.discard(name)
+
+    def calibrated(self, name: str) -> None:
+        """Take note that an adapter got the start that its method takes from data."""
+        self._uncalibrated.discard(name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the updates of the active adapters, [..., in] -> [..., out]."""
@@ -101,18 +120,17 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             kept = F.dropout(x, adapter.config.dropout) if self._drops(adapter) else x
-            y = y + adapter(kept).to(y.dtype)
+            y = y + self.kind.update(self.base_layer, adapter, kept).to(y.dtype)
         return y
 
     def active(self) -> list[LinearAdapter]:
         """Return the active adapters of this layer, merged or not, disabled or not.
 
         Raises:
-            ModelError: one of them was made to be loaded and never was.
+            ModelError: one of them was made to be loaded, or to be calibrated, and never was.
         """
         names = [name for name in self.active_adapters if name in self.peftzoo_adapter]
-        if self._unloaded:
-            self._require_loaded(names)
+        self._require_ready(names)
         return [self.adapter(name) for name in names]
 
     def adapter(self, name: str) -> LinearAdapter:
@@ -150,14 +168,14 @@ class ZooLinear(nn.Module, BaseTunerLayer):
             ModelError: the sum is not finite.
         """
         names = [name for name in adapter_names if name in self.peftzoo_adapter and name not in self.merged_adapters]
-        self._require_loaded(names)
+        self._require_ready(names)
         current = self.get_base_weight()
         frozen = current if self._weight_before_merge is None else self._weight_before_merge
         total = current.to(torch.promote_types(torch.float32, current.dtype), copy=True)
         for name in names:
             with torch.no_grad():
-                delta = self.adapter(name).delta_weight(frozen.t() if self.kind.transposed else frozen)
-            total += delta.t() if self.kind.transposed else delta
+                delta = self.adapter(name).delta_weight(self.kind.matrix(frozen))
+            total += self.kind.stored(delta, total.shape)
         merged = total.to(current.dtype)
         if not torch.isfinite(merged).all():
             raise ModelError(f"merging {', '.join(names)} into {self.layer_name} gives values that are not finite")
@@ -171,9 +189,9 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the update of the weight as the base layer stores it, [out, in] or [in, out] (Conv1D)."""
+        """Return the update of the weight in the shape in which the base layer stores it."""
         delta = self.adapter(adapter).delta_weight(self.frozen_weight())
-        return delta.t() if self.kind.transposed else delta
+        return self.kind.stored(delta, self.get_base_weight().shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft can convert the adapter to a plain LoRA."""
@@ -183,11 +201,16 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         """Remove an adapter and every trace of it."""
         super().delete_adapter(adapter_name)
         self._unloaded.discard(adapter_name)
+        self._uncalibrated.discard(adapter_name)
 
     def _drops(self, adapter: LinearAdapter) -> bool:
         return self.training and adapter.config.dropout > 0
 
-    def _require_loaded(self, names: list[str]) -> None:
+    def _require_ready(self, names: list[str]) -> None:
+        for name in self._uncalibrated.intersection(names):
+            raise ModelError(
+                f"adapter {name!r} takes its start from data: call peftzoo.calibrate(model, batches) before using it"
+            )
         for name in self._unloaded.intersection(names):
             missing = unloaded_tensors(self.adapter(name))
             if missing:

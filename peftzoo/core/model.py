@@ -54,6 +54,17 @@ class ZooModel(BaseTuner):
             )
         check_targets(peft_config, model)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter on every layer its config names, then let the adapters of the layers meet."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adapters = [
+            layer.adapter(adapter_name)
+            for layer in model.modules()
+            if isinstance(layer, ZooLinear) and adapter_name in layer.peftzoo_adapter
+        ]
+        if adapters:
+            type(adapters[0]).share(adapters)
+
     def _name_of(self, peft_config: ZooConfig) -> str:
         return next(name for name, config in self.peft_config.items() if config is peft_config)
 
@@ -67,6 +78,8 @@ class ZooModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        if peft_config.for_layer(current_key) is None:
+            return
         layer = target if isinstance(target, ZooLinear) else ZooLinear(target, current_key)
         layer.add_adapter(adapter_name, peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)

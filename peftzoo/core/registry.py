@@ -43,8 +43,13 @@ class Method:
         trains: names of the trained tensors of a layer.
         layers: kinds of layers it adapts, of `core.base_layer.KINDS`.
         injectable: works without peft's model class, through transformers' `add_adapter` and `load_adapter`.
-        to_lora: whether it can be written as a plain LoRA, exactly or not at all.
+        to_lora: whether it can be written as a plain LoRA: exactly, as the nearest of a given rank, or not at all.
         stock_lora: its folders are stock peft LoRA folders.
+        calibrate: takes the start from data: (model, adapters by layer name, batches) -> `calibrate.Start` by layer
+            name. Called where the config says `needs_data`.
+        edits_base: the setting under which it writes into the base weight, undone on unloading; None if none does.
+        fsdp: trains under FSDP2.
+        compile: a layer compiles to one graph.
         aliases: settings accepted under a second name, second name -> own name.
         tiny: settings under which a small test sees every part of it.
     """
@@ -58,8 +63,12 @@ class Method:
     trains: tuple[str, ...] = ()
     layers: tuple[str, ...] = ("linear", "conv1d", "bnb-4bit", "bnb-8bit")
     injectable: bool = True
-    to_lora: Literal["exact"] | None = None
+    to_lora: Literal["exact", "approximate"] | None = None
     stock_lora: bool = False
+    calibrate: Callable[..., Any] | None = None
+    edits_base: str | None = None
+    fsdp: bool = True
+    compile: bool = True
     aliases: Mapping[str, str] = field(default_factory=lambda: _NONE)
     tiny: Mapping[str, Any] = field(default_factory=lambda: _NONE)
 

@@ -86,7 +86,7 @@ class Sorsa(LinearAdapter):
         a = torch.cat((self.vt - self.vt0, self.vt0))
         return Factors(a, torch.cat((us, us - us0), dim=1), scale=self.config.scale)
 
-    def penalty(self) -> Tensor | None:
+    def penalty(self, accumulation: int = 1) -> Tensor | None:
         """Return gamma / 2 * (|U^T U - I|_F + |V^T V - I|_F), a scalar."""
         if self.config.gamma == 0:
             return None
