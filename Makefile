@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test lint methods-table
 
 install: .venv/installed
 
@@ -30,6 +30,9 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+methods-table: install
+	$(BIN)/python -m peftzoo.method_table
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,16 +13,19 @@ import typer
 from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 import peftzoo
-from peftzoo.core.registry import get_method, list_methods
+from peftzoo.core.registry import Method, get_method, list_methods, list_peft_methods
 from peftzoo.core.resources import find_recipe, list_recipes
 from peftzoo.core.setting_help import setting_help
 from peftzoo.errors import RecipeError, ZooError
-from peftzoo.export import Export, export_lora, export_merged
+from peftzoo.export import export_lora, export_merged
 from peftzoo.inspection import inspect_adapter
+from peftzoo.method_table import capabilities, layers_of
 from peftzoo.train.check import check as check_recipe
 from peftzoo.train.loop import train as train_recipe
+from peftzoo.train.parameters import describe_model, parse_settings, trained_parameters
 from peftzoo.train.recipe_file import load_recipe
 from peftzoo.train.recipe_yaml import dump
 
@@ -40,7 +43,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that come with peftzoo.", no_args_is_help=False, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
-console = Console(soft_wrap=True, highlight=False, markup=False)
+# what is not a terminal has no edge to wrap at
+console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 300)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a recipe, or path of a .yaml file")]
 Overrides = Annotated[
@@ -76,18 +80,39 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     check_recipe(load_recipe(recipe, overrides or []))
 
 
-@app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="show the settings of this method")] = None) -> None:
-    """List the methods and what each can do, or the settings of one."""
+@app.command(epilog=EXIT_CODES)
+def methods(
+    name: Annotated[str | None, typer.Argument(help="show what this method declares, and its settings")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="with --model: settings such as r=32")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="count what is trained of this model, from its config alone")
+    ] = None,
+) -> None:
+    """List the methods and what each can do, or the settings of one; with --model, what they train of a model."""
+    written = list(settings or [])
+    if name is not None and "=" in name:
+        written.insert(0, name)
+        name = None
+    if written and model is None:
+        raise RecipeError(f"{written[0]} is for counting parameters; name the model with --model")
+    given = parse_settings(written)
+    base = None if model is None else describe_model(model)
     if name is None:
-        _print_methods()
+        _print_methods(base, given)
         return
     try:
         method = get_method(name)
     except KeyError as error:
         raise RecipeError(error.args[0]) from None
+    count = None if base is None else trained_parameters(base, method, given)
     console.print(f"{method.name}: {method.summary} {method.paper}")
-    console.print(f"trains {', '.join(method.trains)} of layers of the kinds {', '.join(method.layers)}\n")
+    console.print(f"trains {', '.join(method.trains)} of layers: {layers_of(method)}")
+    console.print("; ".join(f"{what}: {says}" for what, says in capabilities(method).items()))
+    if count is not None:
+        console.print(f"{count:,} parameters of {model} {' '.join(written)}")
+    console.print()
     config, meanings = method.make_config(), setting_help(method.config)
     table = _table("setting", "default", "meaning")
     for setting in method.settings:
@@ -156,13 +181,21 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="folder to write; must be new or empty")],
     merge: Annotated[bool, typer.Option("--merge", help="the base model with the adapter merged in")] = False,
     lora: Annotated[bool, typer.Option("--lora", help="a stock peft LoRA folder with the same outputs")] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="with --lora: the nearest plain LoRA of this rank instead")
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="base model, if not the one the adapter names")] = None,
 ) -> None:
     """Write an adapter for use elsewhere, and check that what was written gives the same logits."""
     if merge == lora:
         raise RecipeError("give one of --merge and --lora")
-    done: Export = (export_merged if merge else export_lora)(adapter, out, base)
-    console.print(f"wrote {done.folder}; its logits differ by {done.change:.2g}, the largest being {done.scale:.3g}")
+    if merge and rank is not None:
+        raise RecipeError("--rank goes with --lora; a merged model has no rank")
+    done = export_merged(adapter, out, base) if merge else export_lora(adapter, out, base, rank)
+    near = "" if rank is None else f"relative error {done.error:.2g} of the update's norm; "
+    console.print(
+        f"wrote {done.folder}; {near}its logits differ by {done.change:.2g}, the largest being {done.scale:.3g}"
+    )
 
 
 def main() -> None:
@@ -181,13 +214,28 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _print_methods() -> None:
-    table = _table("method", "rate", "as LoRA", "paper", "summary")
+def _print_methods(base: PreTrainedModel | None, settings: dict[str, Any]) -> None:
+    rows = []
     for name in list_methods():
         method = get_method(name)
-        table.add_row(name, f"x{method.lr_factor:g}", method.to_lora or "no", method.paper, method.summary)
+        count = {} if base is None else {"parameters": _count(base, method, settings)}
+        rows.append({"method": name} | count | capabilities(method) | {"summary": method.summary})
+    table = _table(*rows[0])
+    for column in table.columns:  # one line a method, the end of its summary cut off where the terminal ends
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
-    console.print("\nrate: usual learning rate, relative to LoRA's. `peftzoo methods NAME` shows the settings.")
+    console.print("\nrate: usual learning rate, relative to LoRA's. `peftzoo methods NAME` shows paper and settings.")
+    console.print(f"peft's other types, by name and untested here: {', '.join(list_peft_methods())}")
+
+
+def _count(base: PreTrainedModel, method: Method, settings: dict[str, Any]) -> str:
+    own = {name: value for name, value in settings.items() if name in method.settings}
+    try:
+        return f"{trained_parameters(base, method, own):,}"
+    except ZooError as error:
+        return str(error)
 
 
 def _table(*columns: Any) -> Table:

@@ -5,8 +5,9 @@ Both are reopened after they are written, and the logits of what was written are
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ class Export:
         folder: where it is.
         change: largest difference between the adapter's logits and those of what was written, on a probe.
         scale: largest logit of the probe, which `change` has to be seen against.
+        error: of a plain LoRA of a given rank: |its update - the adapter's| / |the adapter's|, Frobenius norms over
+            all layers; 0 where it is the same update.
     """
 
     folder: Path
     change: float
     scale: float
+    error: float = 0.0
 
 
 def export_merged(adapter: Path, out: Path, base: str | None = None) -> Export:
@@ -66,16 +70,18 @@ def export_merged(adapter: Path, out: Path, base: str | None = None) -> Export:
     return _compared(out, _probe(_load(out, dtype="auto")), want, tolerance=0.1 if half else _TOLERANCE)
 
 
-def export_lora(adapter: Path, out: Path, base: str | None = None) -> Export:
-    """Write the adapter as a stock peft LoRA folder with the same outputs.
+def export_lora(adapter: Path, out: Path, base: str | None = None, rank: int | None = None) -> Export:
+    """Write the adapter as a stock peft LoRA folder: with the same outputs, or as the nearest of a given rank.
 
     Args:
         adapter: the adapter's folder.
         out: folder to write; must be free.
         base: name or folder of the base model; None takes the one the adapter names.
+        rank: rank of the plain LoRA that comes nearest to the adapter; None writes the adapter as it is.
 
     Raises:
-        ModelError: the adapter is not low-rank, cannot be loaded, or what was written does not give the same logits.
+        ModelError: the adapter is not low-rank and no rank was given, it cannot be loaded, or what was written does
+            not give the same logits although it has the same update.
         RecipeError: `out` holds something.
     """
     place = _prepare(adapter, out, base)
@@ -83,8 +89,10 @@ def export_lora(adapter: Path, out: Path, base: str | None = None) -> Export:
     if not isinstance(model.peft_config["default"], ZooConfig):
         raise ModelError(f"{adapter}: peft's {read_config(adapter)['peft_type']} adapters are converted with peft")
     want = _probe(model)
-    write_lora_folder(model, out)
-    return _compared(out, _probe(PeftModel.from_pretrained(_load(place, dtype=torch.float32), out)), want, _TOLERANCE)
+    error = write_lora_folder(model, out, rank=rank)
+    got = _probe(PeftModel.from_pretrained(_load(place, dtype=torch.float32), out))
+    same = error <= _TOLERANCE
+    return replace(_compared(out, got, want, _TOLERANCE if same else math.inf), error=error)
 
 
 def _prepare(adapter: Path, out: Path, base: str | None) -> str:

@@ -217,15 +217,15 @@ def test_methods(run):
 def test_settings_of_a_method(method, run):
     code, out, _ = run("methods", method.name)
     assert code == 0
-    head, trains, _, _, *table = out.splitlines()
+    head, trains, _, _, _, *table = out.splitlines()
     assert head == f"{method.name}: {method.summary} {method.paper}"
-    assert trains.startswith(f"trains {', '.join(method.trains)} of layers")
-    rows = {line.split()[0]: line.split()[1:] for line in table if not line.startswith(" ")}
+    assert trains.startswith(f"trains {', '.join(method.trains)} of layers: {', '.join(method.layers)}")
+    rows = {cells[0]: cells[1:] for line in table if len(cells := re.split(r"\s{2,}", line.strip())) > 1}
     assert list(rows) == list(method.settings)
     for name, field in method.settings.items():
         own = field.name == name
-        assert len(rows[name]) > 1, f"{name} has no meaning"
-        assert rows[name][0] == (str(getattr(method.make_config(), name)) if own else "another")
+        assert len(rows[name]) == 1 + own, f"{name} has no meaning"
+        assert rows[name][0] == (str(getattr(method.make_config(), name)) if own else f"another name of {field.name}")
 
 
 def test_unknown_method(refusal):
@@ -256,7 +256,8 @@ def test_check(done):
 
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_dry_run_loads_back(run, recipe):
-    overrides = ["method.name=sorsa", "train.warmup_steps=3", "train.mixed_precision=no", "model.revision=off"]
+    overrides = ["method={name: sorsa}", "train.warmup_steps=3", "train.lr_scheduler_type=linear"]
+    overrides += ["train.mixed_precision=no", "model.revision=off"]
     code, out, err = run("train", recipe, "--dry-run", *overrides)
     assert (code, err) == (0, "")
     Path("again.yaml").write_text(out)

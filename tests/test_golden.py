@@ -11,6 +11,7 @@ from torch import nn
 
 import peftzoo
 from peftzoo import LoraConfig, PacaConfig, SorsaConfig
+from peftzoo.methods.sorsa import _departure
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -19,6 +20,18 @@ def prefixes(name):
     """Return the prefixes of a file that hold a whole case."""
     keys = load_file(GOLDEN / f"{name}.safetensors")
     return sorted(key.removesuffix("W") for key in keys if key.split(".")[-1] == "W" and key.count(".") < 2)
+
+
+class Case(dict):
+    """The tensors of a case by key; knows which of them no one has asked for."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.unread = set(tensors)
+
+    def __getitem__(self, key):
+        self.unread.discard(key)
+        return super().__getitem__(key)
 
 
 def read(name, prefix, dtype):
@@ -30,7 +43,7 @@ def read(name, prefix, dtype):
     }
     exact = dtype == torch.float64 and case["W"].dtype == torch.float64
     cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in case.items()}
-    return cast, 1e-9 if exact else 5e-5
+    return Case(cast), 1e-9 if exact else 5e-5
 
 
 def layer_of(case, config):
@@ -49,6 +62,11 @@ def near(got, want, bound):
     assert error <= bound, f"relative error {error:.2e} exceeds {bound:.0e}"
 
 
+def differs(got, defect):
+    error = (got - defect).norm() / defect.norm()
+    assert error > 1e-2, "this is what the authors' code gives by mistake"
+
+
 def run(layer, case):
     """Return the output and the gradient of x; the adapter's gradients stay on it."""
     x = case["x"].clone().requires_grad_()
@@ -58,6 +76,9 @@ def run(layer, case):
 
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
+PENALTY_KEYS = {"ortho", "normA", "normB", "orthograd_A", "orthograd_B"}
 
 
 @both_dtypes
@@ -85,6 +106,9 @@ def test_sorsa(prefix, dtype):
     near(adapter.s.grad, case["grad_S"], bound)
     near(adapter.u.grad, case["grad_B"], bound)
     near(layer.frozen_weight() + adapter.delta_weight(layer.frozen_weight()).detach(), case["W_merged"], bound)
+    layer.merge()
+    near(layer.base_layer.weight.detach(), case["W_merged"], bound)
+    assert case.unread == PENALTY_KEYS
 
 
 @both_dtypes
@@ -97,18 +121,22 @@ def test_sorsa_penalty(prefix, dtype):
         adapter.u.copy_(case["B"])
     near(peftzoo.penalty(layer).detach(), case["ortho"], bound)
     near(adapter.penalty().detach(), (case["normA"] + case["normB"]) / 2, bound)
+    near(_departure(adapter.vt).detach(), case["normA"], bound)
+    near(_departure(adapter.u.T).detach(), case["normB"], bound)
     adapter.penalty().backward()
     near(adapter.vt.grad, case["orthograd_A"], bound)
     near(adapter.u.grad, case["orthograd_B"], bound)
     assert adapter.s.grad is None
+    assert case.unread.isdisjoint(PENALTY_KEYS)
 
 
 @both_dtypes
+@pytest.mark.parametrize("in_place", [False, True], ids=["added", "in place"])
 @pytest.mark.parametrize("prefix", prefixes("paca"))
-def test_paca(prefix, dtype):
+def test_paca(prefix, in_place, dtype):
     case, bound = read("paca", prefix, dtype)
     r = case["indices"].shape[0]
-    layer, adapter = layer_of(case, PacaConfig(r=r, alpha=case["scaling"].item() * r))
+    layer, adapter = layer_of(case, PacaConfig(r=r, alpha=case["scaling"].item() * r, in_place=in_place))
     near(layer(case["x"]).detach(), case["y_base"], bound)
     near(case["W"][:, case["indices"]] / case["scaling"], case["paca_w_init"], bound)
     with torch.no_grad():
@@ -120,7 +148,15 @@ def test_paca(prefix, dtype):
         near(y, case["y"], bound)
         near(dx, case["grad_x"], bound)
         near(adapter.p.grad, case["grad_paca_w"], bound)
+        assert torch.equal(layer.base_layer.weight, case["W"]) != in_place
+        near(layer.base_layer.weight.detach(), case["W_effective" if in_place else "W"], bound)
+        differs(y, case["y_stale_even_iter"])
+        differs(dx, case["grad_x_stale_even_iter"])
     near(layer.frozen_weight() + adapter.delta_weight(layer.frozen_weight()).detach(), case["W_effective"], bound)
+    assert torch.equal(layer.base_layer.weight, case["W"])
+    layer.merge()
+    near(layer.base_layer.weight.detach(), case["W_effective"], bound)
+    assert not case.unread
 
 
 @both_dtypes

@@ -34,10 +34,11 @@ FLOORS = {
     "peftzoo/train/*": ("peftzoo.train", "peftzoo.builtin", "peftzoo.core", "peftzoo.errors", "peftzoo_kernels"),
     "peftzoo/export.py": ("peftzoo.builtin", "peftzoo.core", "peftzoo.errors"),
     "peftzoo/inspection.py": ("peftzoo.core", "peftzoo.errors"),
+    "peftzoo/method_table.py": ("peftzoo.core", "peftzoo.train"),
     "peftzoo/__init__.py": ("peftzoo.core", "peftzoo.methods"),
     "peftzoo/cli.py": (
         *("peftzoo.__version__", "peftzoo.core", "peftzoo.errors", "peftzoo.export", "peftzoo.inspection"),
-        "peftzoo.train",
+        *("peftzoo.method_table", "peftzoo.train"),
     ),
     "peftzoo/__main__.py": ("peftzoo.cli",),
 }
@@ -75,7 +76,7 @@ def within(name, allowed):
 
 
 def test_the_walk_sees_the_imports():
-    assert "peftzoo.core.adapter.Factors" in imports("peftzoo/methods/lora.py")
+    assert "peftzoo.core.adapter.Factors" in imports("peftzoo/methods/sorsa.py")
     assert "peftzoo.builtin.iso_dates" in imports("peftzoo/builtin/__init__.py")
     assert "peftzoo.core.config.ZooConfig" in imports("peftzoo/core/adapter.py"), "also those for the type checker"
     assert "peftzoo.__version__" in uses("peftzoo/cli.py")
@@ -134,7 +135,7 @@ def test_every_method_has_its_file():
 
 
 LONGEST = {
-    "peftzoo/methods/*": 100,
+    "peftzoo/methods/*": 120,
     "peftzoo/core/*": 300,
     "peftzoo/low_rank/*": 300,
     "peftzoo/train/*": 400,
@@ -148,33 +149,8 @@ def test_files_are_short(name):
     assert lines <= next(most for pattern, most in LONGEST.items() if fnmatch(name, pattern))
 
 
-def table(text, header):
-    """Return the rows under the table header that begins so, each as its cells."""
-    lines = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def test_readme_lists_every_method_as_it_is():
-    rows = table((ROOT / "README.md").read_text(encoding="utf-8"), "| method |")
-    found = {}
-    for link, rate, as_lora, _, paper in rows:
-        name = re.fullmatch(r"\[(\w+)\]\(docs/methods/(\w+)\.md\)", link)
-        assert name[1] == name[2]
-        found[name[1]] = (rate, as_lora, re.match(r"\[([\d.]+)\]", paper)[1])
-    methods = [peftzoo.get_method(name) for name in peftzoo.list_methods()]
-    assert found == {
-        m.name: (
-            f"x{m.lr_factor:g}",
-            "is one" if m.stock_lora else m.to_lora or "no",
-            m.paper.removeprefix("arXiv:"),
-        )
-        for m in methods
-    }
-    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
-
-
 def test_every_method_is_documented():
-    pages = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")}
+    pages = {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")} - {"README"}
     assert pages == set(peftzoo.list_methods())
 
 

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
-import json
 import pickle
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-from helpers import assert_close, assert_differs, logits, shake, tiny_config, zoo_layers
-from peft import PeftConfig, PeftModel, get_peft_model
+from helpers import (
+    adapted,
+    assert_close,
+    assert_differs,
+    logits,
+    quantised,
+    ready,
+    refused,
+    shake,
+    tiny_config,
+    trained_names,
+    zoo_layers,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftzoo
 from peftzoo.errors import ModelError
 
 
-def adapted(method, model, **settings):
-    return get_peft_model(copy.deepcopy(model), tiny_config(method, **settings))
-
-
-def trained_names(model):
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
 def test_starts_at_base(method, llama, tokens):
-    assert_close(logits(adapted(method, llama), tokens), logits(llama, tokens))
+    model = adapted(method, llama)
+    if not method.keeps_base:  # then at the base that it made of it
+        llama = copy.deepcopy(model).unload()
+    assert_close(logits(model, tokens), logits(llama, tokens))
 
 
 def test_starts_at_base_on_conv1d(method, gpt2, tokens):
+    if refused(method, "conv1d", gpt2):
+        return
     model = adapted(method, gpt2)
     assert_close(logits(model, tokens), logits(gpt2, tokens))
     assert_differs(logits(shake(model), tokens), logits(gpt2, tokens))
@@ -78,6 +86,8 @@ def test_merge(method, llama, tokens):
 
 
 def test_merge_on_conv1d(method, gpt2, tokens):
+    if refused(method, "conv1d", gpt2):
+        return
     model = shake(adapted(method, gpt2))
     want = logits(model, tokens)
     assert_close(logits(model.merge_and_unload(), tokens), want, 1e-4)
@@ -94,38 +104,6 @@ def test_merge_unmerge_disable_unload(method, llama, tokens):
         assert_close(logits(model, tokens), untouched)
     assert_close(logits(model, tokens), before)
     assert_close(logits(model.unload(), tokens), untouched)
-
-
-def test_save_load(method, llama, tokens, tmp_path):
-    model = shake(adapted(method, llama))
-    # an adapter that went through other hands: every saved tensor, trained or not, must come from the file
-    for layer in zoo_layers(model).values():
-        for buffer in layer.peftzoo_adapter.buffers():
-            buffer.copy_(buffer.roll(1) if buffer.is_floating_point() else (buffer + 1) % layer.in_features)
-    want = logits(model, tokens)
-    model.save_pretrained(tmp_path)
-    loaders = {
-        "from_pretrained": lambda base: PeftModel.from_pretrained(base, tmp_path),
-        "low_cpu_mem_usage": lambda base: PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True),
-        "load_adapter": lambda base: peftzoo.load_adapter(base, tmp_path),
-    }
-    for name, load in loaders.items():
-        loaded = load(copy.deepcopy(llama)).eval()
-        assert_close(logits(loaded, tokens), want, what=name)
-        assert type(loaded.peft_config["default"]) is method.config
-        assert not trained_names(loaded)
-    trainable = peftzoo.load_adapter(copy.deepcopy(llama), tmp_path, is_trainable=True)
-    assert trained_names(trainable) == trained_names(model)
-
-
-def test_saved_files_are_equal(method, llama, tmp_path):
-    """Two runs of one seed write the same bytes."""
-    files = []
-    for run in ("one", "two"):
-        adapted(method, llama).save_pretrained(tmp_path / run)
-        names = ["adapter_model.safetensors"] + ([] if method.adopted else ["adapter_config.json"])
-        files.append([(tmp_path / run / name).read_bytes() for name in names])
-    assert files[0] == files[1]
 
 
 def test_only_adapter_trains(method, llama, tokens):
@@ -145,6 +123,7 @@ def test_two_adapters(method, llama, tokens):
     model = shake(adapted(method, llama))
     first = logits(model, tokens)
     model.add_adapter("second", tiny_config(method))
+    ready(model, "second")
     assert_close(logits(model, tokens), first)
     model.set_adapter("second")
     assert_close(logits(model, tokens), logits(llama, tokens))
@@ -164,7 +143,7 @@ def test_transformers_native(method, llama, tokens, tmp_path):
             model.add_adapter(tiny_config(method))
         return
     model.add_adapter(tiny_config(method))
-    want = logits(shake(model), tokens)
+    want = logits(shake(ready(model)), tokens)
     assert_differs(want, logits(llama, tokens))
     model.save_pretrained(tmp_path)
     loaded = copy.deepcopy(llama)
@@ -197,42 +176,18 @@ def test_autocast(method, llama, tokens):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
-def quantised(model, bits):
-    """Return a copy of `model` whose block linears are bitsandbytes layers."""
-    import bitsandbytes as bnb
-
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            if bits == 4:
-                packed = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
-                )
-                packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-            else:
-                packed = bnb.nn.Linear8bitLt(
-                    module.in_features, module.out_features, bias=False, has_fp16_weights=False
-                )
-                packed.weight = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed.to("cpu"))
-    return model
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base(method, wide_llama, tokens, bits):
-    if f"bnb-{bits}bit" not in method.layers:
-        with pytest.raises((ModelError, ValueError)):
-            adapted(method, quantised(wide_llama, bits))
-        return
     base = quantised(wide_llama, bits)
+    if refused(method, f"bnb-{bits}bit", base):
+        return
     model = adapted(method, base)
     assert_close(logits(model, tokens), logits(base, tokens), 1e-4)
     model(tokens, labels=tokens).loss.backward()
     assert any(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
     assert_differs(logits(shake(model), tokens), logits(base, tokens))
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    wanted = [layer.get_base_weight() + layer.get_delta_weight("default") for layer in layers]
+    wanted = [layer(torch.eye(layer.in_features)).T for layer in layers]
     packed = [layer.get_base_weight() for layer in layers]
     model.merge_adapter()
     for layer, want in zip(layers, wanted, strict=True):
@@ -261,15 +216,17 @@ def test_learns(method, llama):
     batch = torch.randint(0, 96, (8, 12), generator=torch.Generator().manual_seed(3))
     rate = 2e-2 * method.lr_factor * (5 if method.adopted else 1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-    losses = []
-    for _ in range(60):
+    aim, losses = 0.9 if method.adopted else 0.5, []
+    # 60 steps do; a method that trains a handful of numbers in each layer has more
+    few = sum(p.numel() for p in model.parameters() if p.requires_grad) < 500
+    for _ in range(240 if few else 60):
         loss = model(batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         peftzoo.after_step(model)
         losses.append(loss.item())
-    assert losses[-1] < (0.9 if method.adopted else 0.5) * losses[0], losses[::20]
+    assert losses[-1] < aim * losses[0], losses[::20]
 
 
 def test_gradient_checkpointing_changes_nothing(method, llama, tokens):
@@ -284,14 +241,23 @@ def test_gradient_checkpointing_changes_nothing(method, llama, tokens):
 
 
 def test_compiles(zoo_method, llama):
-    """One layer compiles to one graph that computes the same, with a changing number of tokens."""
+    """One layer compiles to one graph, where that is declared, with the same outputs and gradients for any tokens."""
     method = zoo_method
     torch._dynamo.reset()
     layer = next(iter(zoo_layers(shake(adapted(method, llama))).values()))
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    tensors = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    compiled = torch.compile(layer, fullgraph=method.compile, dynamic=True, backend="aot_eager")
     for rows in (3, 5, 8):
-        x = torch.randn(rows, layer.in_features)
-        assert_close(compiled(x), layer(x))
+        x = torch.randn(rows, layer.in_features, requires_grad=True)
+        pull = torch.randn(rows, layer.out_features)
+        want, got = layer(x), compiled(x)
+        assert_close(got, want)
+        grads = [torch.autograd.grad(y, [x, *tensors], pull) for y in (got, want)]
+        for one, two in zip(*grads, strict=True):
+            assert two.abs().max() > 0
+            assert_close(one, two)
+        # what is kept between forwards must not be baked into the graph
+        shake(layer, seed=rows)
 
 
 def test_dropout_drops_in_training_only(method, llama, tokens):
@@ -305,8 +271,14 @@ def test_dropout_drops_in_training_only(method, llama, tokens):
     assert_close(logits(model, tokens), one)
 
 
-def test_seed_alone_decides_the_start(method, llama):
-    states = []
+def test_seed_alone_decides_the_start(method, llama, tokens, monkeypatch):
+    if "seed" not in method.settings:
+        assert method.adopted
+        return
+    states, outputs, draws = [], [], []
+    digest = hashlib.sha256
+    counting = SimpleNamespace(sha256=lambda name: draws.append(name) or digest(name))  # every draw starts with one
+    monkeypatch.setattr("peftzoo.core.random.hashlib", counting)
     for seed, global_seed in ((3, 0), (3, 1), (4, 0)):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
@@ -314,9 +286,12 @@ def test_seed_alone_decides_the_start(method, llama):
         if not method.adopted:
             assert torch.equal(torch.get_rng_state(), before), "the global generator was touched"
         states.append(peft.get_peft_model_state_dict(model))
+        outputs.append(logits(shake(model), tokens))
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    drawn = [key for key in states[0] if not torch.equal(states[0][key], states[2][key])]
-    assert bool(drawn) != (method.name == "sorsa"), "every method but SORSA, whose start is an SVD, draws"
+    assert torch.equal(outputs[0], outputs[1])
+    # what draws at all, into its file or beside it, draws other numbers from another seed, unless data overrule it
+    if method.adopted or not model.peft_config["default"].needs_data:
+        assert torch.equal(outputs[0], outputs[2]) != (method.adopted or bool(draws))
 
 
 def test_config_rejects(method):
@@ -334,7 +309,7 @@ def test_config_rejects(method):
 def test_a_rank_above_the_size_works_or_is_refused(zoo_method):
     config, refusal = tiny_config(zoo_method, r=9), None
     try:
-        layer = shake(peftzoo.attach(nn.Linear(8, 8), config))
+        layer = shake(ready(peftzoo.attach(nn.Linear(8, 8), config), batches=[torch.eye(8)]))
     except ValueError as error:
         refusal = str(error)
     if refusal is None:
@@ -350,125 +325,10 @@ def test_a_rank_above_the_size_works_or_is_refused(zoo_method):
 def test_attach_without_transformers(zoo_method):
     method = zoo_method
     module = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 7)).double()
-    x = torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     want = module(x)
-    model = peftzoo.attach(module, tiny_config(method))
+    model = ready(peftzoo.attach(module, tiny_config(method)), batches=[x])
     assert_close(model(x), want, 1e-12)
     assert_differs(shake(model)(x), want)
     single = peftzoo.attach(nn.Linear(12, 20), tiny_config(method))
     assert [name.rsplit(".", 1)[-1] for name in trained_names(single)] == list(method.trains)
-
-
-def test_lora_folder(zoo_method, llama, tokens, tmp_path):
-    """What declares `to_lora` is a stock LoRA folder with the same logits in stock peft."""
-    from peftzoo.core.lora_folder import write_lora_folder
-
-    method = zoo_method
-    model = shake(adapted(method, llama))
-    write_lora_folder(model, tmp_path)
-    stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert stored["peft_type"] == "LORA"
-    stock = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path)
-    assert not zoo_layers(stock)
-    assert_close(logits(stock, tokens), logits(model, tokens))
-    ours = peftzoo.load_adapter(copy.deepcopy(llama), tmp_path)
-    assert zoo_layers(ours)
-    assert_close(logits(ours, tokens), logits(model, tokens))
-
-
-def test_lora_folder_on_conv1d(zoo_method, gpt2, tokens, tmp_path):
-    from peftzoo.core.lora_folder import write_lora_folder
-
-    method = zoo_method
-    model = shake(adapted(method, gpt2))
-    write_lora_folder(model, tmp_path)
-    assert_close(logits(PeftModel.from_pretrained(copy.deepcopy(gpt2), tmp_path), tokens), logits(model, tokens))
-
-
-def test_peft_converts_to_lora(method, llama, tokens):
-    if method.to_lora is None:
-        return
-    model = shake(adapted(method, llama))
-    config, state = peft.convert_to_lora(model, rank=2 * method.tiny["r"])
-    converted = get_peft_model(copy.deepcopy(llama), config).eval()
-    peft.set_peft_model_state_dict(converted, state)
-    assert_close(logits(converted, tokens), logits(model, tokens), 1e-4)
-
-
-def saved(method, llama, folder):
-    shake(adapted(method, llama)).save_pretrained(folder)
-    return folder / "adapter_model.safetensors"
-
-
-def edits():
-    def missing(state):
-        del state[next(iter(state))]
-
-    def extra(state):
-        state["base_model.model.model.layers.7.self_attn.q_proj.peftzoo_adapter.a"] = torch.ones(2, 2)
-
-    def transposed(state):
-        key = next(key for key, value in state.items() if value.dim() == 2 and value.shape[0] != value.shape[1])
-        state[key] = state[key].T.contiguous()
-
-    def broken(state):
-        key = next(key for key, value in state.items() if value.is_floating_point())
-        state[key] = state[key].clone().flatten().index_fill(0, torch.tensor([0]), float("nan")).view(state[key].shape)
-
-    return {"missing": missing, "unexpected": extra, "misshapen": transposed, "not finite": broken}
-
-
-@pytest.mark.parametrize("damage", list(edits()))
-def test_a_file_that_does_not_fit_is_refused(method, llama, tmp_path, damage):
-    path = saved(method, llama, tmp_path)
-    state = load_file(path)
-    edits()[damage](state)
-    save_file(state, path, {"format": "pt"})
-    if method.adopted:
-        if damage in ("missing", "unexpected"):
-            with pytest.raises(ModelError):
-                peftzoo.load_adapter(copy.deepcopy(llama), tmp_path)
-        return
-    for load in (PeftModel.from_pretrained, peftzoo.load_adapter):
-        with pytest.raises(ModelError, match=damage):
-            load(copy.deepcopy(llama), tmp_path)
-
-
-def test_another_base_is_refused(zoo_method, llama, tokens, tmp_path):
-    method = zoo_method
-    saved(method, llama, tmp_path)
-    other = copy.deepcopy(llama)
-    with torch.no_grad():
-        other.model.layers[1].mlp.down_proj.weight.add_(0.1)
-        other.model.layers[0].self_attn.q_proj.weight.add_(0.1)
-    for load in (
-        lambda: PeftModel.from_pretrained(other, tmp_path),
-        lambda: other.load_adapter(str(tmp_path)),
-        lambda: peftzoo.load_adapter(other, tmp_path),
-    ):
-        with pytest.raises(ModelError, match="made on another base"):
-            load()
-    # the same base in another dtype is the same base
-    half = copy.deepcopy(llama).bfloat16()
-    logits(PeftModel.from_pretrained(half, tmp_path), tokens)
-
-
-def test_transformers_does_not_hide_a_missing_tensor(zoo_method, llama, tokens, tmp_path):
-    method = zoo_method
-    path = saved(method, llama, tmp_path)
-    state = load_file(path)
-    del state[next(key for key in state if key.endswith(method.trains[0]))]
-    save_file(state, path, {"format": "pt"})
-    model = copy.deepcopy(llama)
-    model.load_adapter(str(tmp_path))
-    with pytest.raises(ModelError, match="never came from a file"):
-        model(tokens)
-
-
-def test_unknown_field_in_a_file_is_refused(zoo_method, llama, tmp_path):
-    method = zoo_method
-    saved(method, llama, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(path.read_text().replace('"dropout"', '"dropuot"'))
-    with pytest.raises(ValueError, match="did you mean dropout"):
-        PeftConfig.from_pretrained(tmp_path)

@@ -5,20 +5,38 @@ torch alone: it knows neither peft nor peftzoo.
 """
 
 from peftzoo_kernels._backend import BACKENDS, backend
+from peftzoo_kernels._gemm import compute_dtype, mm_float32
 from peftzoo_kernels._ops import OPS, Op
+from peftzoo_kernels.basis import basis_coef_grad, basis_expand, basis_lanes, basis_matrix
 from peftzoo_kernels.gather_matmul import gather_matmul, gather_matmul_ref
 from peftzoo_kernels.low_rank_linear import low_rank_linear, low_rank_linear_ref
 from peftzoo_kernels.philox import philox, philox_words
+from peftzoo_kernels.randlora_linear import (
+    merging_is_less_work,
+    randlora_delta,
+    randlora_linear,
+    randlora_linear_ref,
+)
 
 __all__ = [
     "BACKENDS",
     "OPS",
     "Op",
     "backend",
+    "basis_coef_grad",
+    "basis_expand",
+    "basis_lanes",
+    "basis_matrix",
+    "compute_dtype",
     "gather_matmul",
     "gather_matmul_ref",
     "low_rank_linear",
     "low_rank_linear_ref",
+    "merging_is_less_work",
+    "mm_float32",
     "philox",
     "philox_words",
+    "randlora_delta",
+    "randlora_linear",
+    "randlora_linear_ref",
 ]

@@ -72,7 +72,10 @@ class LinearAdapter(nn.Module, ABC):
         in_features: columns of W.
         out_features: rows of W.
         layer_name: dotted name of the adapted layer in its model; "" for an adapter that stands on its own.
+        in_place: the update is to stand in the frozen weight itself; for factors (a, b, scale) with a gather for `a`.
     """
+
+    in_place: bool = False
 
     def __init__(self, config: ZooConfig, in_features: int, out_features: int) -> None:
         """Allocate the tensors and check the sizes; values come from `init` or from a file."""

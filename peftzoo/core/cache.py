@@ -3,7 +3,7 @@
 Micro-batches and the recomputation under gradient checkpointing reuse it; nothing but a change of the tensors makes
 it anew. The in-place version of a tensor shows most changes. Under FSDP it does not, because the tensors that a
 forward sees are gathered copies, so every step of any torch optimizer and every loaded state dict count as a change
-as well. What writes through `.data` outside an optimizer has to call `drop`.
+as well. What writes through `.data` outside of torch's optimizers has to call `peftzoo.after_step`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ Value = TypeVar("Value")
 _steps = 0
 
 
-def _count_step(*_: Any) -> None:
+def count_step(*_: Any) -> None:
+    """Let every kept value be made anew when it is next asked for."""
     global _steps
     _steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(count_step)
 
 
 class StepCache(Generic[Value]):
@@ -40,6 +41,9 @@ class StepCache(Generic[Value]):
 
     def get(self, compute: Callable[[], Value], *tensors: Tensor) -> Value:
         """Return what `compute` gave, without gradients, for `tensors` as they are now."""
+        if torch.compiler.is_compiling():  # a graph cannot ask what changed: there the value is a part of it
+            with torch.no_grad():
+                return compute()
         state = (_steps, *((id(t), t._version, t.device, t.dtype, t.data_ptr()) for t in tensors))
         if self._value is None or state != self._state:
             with torch.no_grad():

@@ -126,6 +126,10 @@ class ZooConfig(PeftConfig):
         own.r, own.alpha = r or self.r, alpha or self.alpha
         return own
 
+    def refusal(self, kind: str) -> str | None:
+        """Return why these settings do not fit a kind of layer that the method adapts otherwise, and which would."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for a file, sets as sorted lists so that equal configs make equal files."""
         return {

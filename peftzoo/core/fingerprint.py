@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peftzoo.core.in_place import InPlace
+
 _TENSORS = 32
 _SAMPLES = 4
 # bfloat16 keeps 8 bits: a base stored in it may differ by 2**-8 of a value from the float32 one
@@ -61,6 +63,9 @@ def _base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the base's own parameters as they are without any adapter, zoo or not, under the names they then have."""
     found = {}
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, _WRAPPERS)}
+    for wrapper in wrappers.values():
+        if isinstance(wrapper, InPlace):
+            wrapper.release()
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         above = [place for place in (".".join(parts[:depth]) for depth in range(len(parts))) if place in wrappers]

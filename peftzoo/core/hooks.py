@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peftzoo.core.adapter import LinearAdapter
+from peftzoo.core.cache import count_step
 from peftzoo.core.layer import ZooLinear
+from peftzoo.core.registry import adopting
 
 
 def active_adapters(model: nn.Module) -> Iterator[LinearAdapter]:
@@ -42,7 +45,18 @@ def regularizer(model: nn.Module) -> Tensor | None:
     Add it to the loss of a step, once however many micro-batches the step has.
     """
     terms = [term for adapter in active_adapters(model) if (term := adapter.regularizer()) is not None]
+    terms += _of_adopted(model)
     return _total(terms) if terms else None
+
+
+def _of_adopted(model: nn.Module) -> list[Tensor]:
+    """Return the terms that peft's tuners compute and leave to trainers, each summed over its layers."""
+    terms = []
+    for tuner in model.modules():
+        if isinstance(tuner, BaseTuner):
+            makers = {m.name: m for name in tuner.active_adapters if (m := adopting(tuner.peft_config[name]))}
+            terms += [method.regularizer(tuner) for method in makers.values() if method.regularizer]
+    return terms
 
 
 def _total(terms: list[Tensor]) -> Tensor:
@@ -51,6 +65,7 @@ def _total(terms: list[Tensor]) -> Tensor:
 
 
 def after_step(model: nn.Module) -> None:
-    """Tell the active adapters that the optimizer has stepped."""
+    """Tell the active adapters that the optimizer has stepped, or that trained tensors changed in some other way."""
+    count_step()
     for adapter in active_adapters(model):
         adapter.after_step()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from peftzoo.core.adapter import LinearAdapter, fill_unloaded, unloaded_tensors
 from peftzoo.core.base_layer import layer_kind, plain_weight
 from peftzoo.core.config import ZooConfig
+from peftzoo.core.in_place import InPlace
 from peftzoo.core.names import check_adapter_name
 from peftzoo.core.registry import get_method
 from peftzoo.errors import ModelError
 
 
-class ZooLinear(nn.Module, BaseTunerLayer):
+class ZooLinear(InPlace):
     """Wraps one frozen layer; adds what its active adapters say.
 
     Args:
@@ -33,9 +34,7 @@ class ZooLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("peftzoo_adapter",)
     # of BaseTunerLayer, whose types nn.Module's would hide
     active_adapters: list[str]
-    get_base_weight: Callable[[], Tensor]
     set_base_weight: Callable[[Tensor], None]
-    set_adapter: Callable[..., None]
     _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device, torch.dtype]]
     _weight_before_merge: Tensor | None
 
@@ -77,12 +76,16 @@ class ZooLinear(nn.Module, BaseTunerLayer):
                 f"{method.name} adapts no {self.kind.name} layer such as {self.layer_name or 'this'}; it adapts "
                 f"{', '.join(method.layers)}"
             )
+        if why := config.refusal(self.kind.name):
+            raise ModelError(f"{self.layer_name or self.kind.name}: {method.name}: {why}")
         own = config.for_layer(self.layer_name)
         if own is None:
             raise ModelError(f"adapter {name!r}: rank_pattern gives {self.layer_name or 'this layer'} the rank 0")
         adapter_type = cast(type[LinearAdapter], method.adapter)
         adapter = adapter_type(own, self.in_features, self.out_features)
         adapter.stand_on(self.layer_name, self.frozen_weight)
+        if adapter.in_place:
+            self.allow_in_place()
         base = cast(Tensor, self.base_layer.weight)
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         adapter.to(dtype)
@@ -112,11 +115,13 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         adapters = [] if self._disable_adapters or self.merged_adapters else self.active()
-        if len(adapters) == 1 and not args and not kwargs and not self._drops(adapters[0]):
-            weight = plain_weight(self.base_layer, self.kind, x.dtype)
-            factors = None if weight is None else adapters[0].factors()
-            if factors is not None:
-                return factors.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
+        alone = len(adapters) == 1 and not args and not kwargs and not self._drops(adapters[0])
+        weight = plain_weight(self.base_layer, self.kind, x.dtype) if alone else None
+        if weight is not None and (held := self.in_place_factors(adapters[0])) is not None:
+            return self.in_place_linear(x, held)
+        self.release()
+        if weight is not None and (factors := adapters[0].factors()) is not None:
+            return factors.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             kept = F.dropout(x, adapter.config.dropout) if self._drops(adapter) else x
@@ -182,7 +187,8 @@ class ZooLinear(nn.Module, BaseTunerLayer):
         return merged, current
 
     def unmerge(self) -> None:
-        """Put back the base weight as it was before the first merge."""
+        """Put back the base weight as it was before the first merge, and before any adapter wrote into it."""
+        self.release()
         if self._weight_before_merge is not None:
             self.set_base_weight(self._weight_before_merge)
             self._weight_before_merge = None

@@ -26,6 +26,12 @@ def uniform(key: int, shape: tuple[int, ...], low: float, high: float) -> Tensor
     return (low + (high - low) * (bits.double() / 2**24)).float().reshape(shape)
 
 
+def normal(key: int, shape: tuple[int, ...]) -> Tensor:
+    """Return float32 draws from the standard normal distribution, in `shape`, on the CPU, by Box and Muller."""
+    radius, angle = uniform(key, (2, *shape), 0.0, 1.0).double()
+    return ((-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * torch.pi * angle)).float()
+
+
 def permutation(key: int, n: int) -> Tensor:
     """Return a random order of range(n), [n] int64, on the CPU."""
     return torch.argsort(philox_words(key, n), stable=True)

@@ -11,7 +11,8 @@ _ENTRY = re.compile(r"^    (\w+): (.*)$")
 
 def setting_help(config: type) -> dict[str, str]:
     """Return {setting: meaning} from the "Attributes:" of a config class and its parents, or from peft's metadata."""
-    meanings = {f.name: f.metadata["help"] for f in dataclasses.fields(config) if "help" in f.metadata}
+    # some of peft's were meant as one text over two lines, and became a tuple by a comma too many
+    meanings = {f.name: "".join(f.metadata["help"]) for f in dataclasses.fields(config) if "help" in f.metadata}
     for parent in reversed(config.__mro__):
         meanings |= _attributes(inspect.cleandoc(parent.__doc__ or ""))
     return meanings

@@ -16,7 +16,7 @@ from torch import nn
 from peftzoo.core.config import ZooConfig
 from peftzoo.core.lora_folder import WEIGHTS, read_lora_folder, write_lora_folder, write_weights
 from peftzoo.core.names import check_adapter_name
-from peftzoo.core.registry import get_method
+from peftzoo.core.registry import adopting, get_method, reading
 from peftzoo.errors import ModelError
 
 CONFIG = "adapter_config.json"
@@ -29,7 +29,7 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
     of its peft type.
     """
     config = model.peft_config[adapter_name]
-    if isinstance(config, ZooConfig) and get_method(config.method_name).stock_lora:
+    if isinstance(config, ZooConfig) and get_method(config.method_name).stock_lora is not None:
         write_lora_folder(model, Path(folder), adapter_name)
         return
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -40,28 +40,35 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
 
 def load_adapter(
-    base: nn.Module, folder: str | Path, adapter_name: str = "default", is_trainable: bool = False
+    base: nn.Module,
+    folder: str | Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    method: str | None = None,
 ) -> PeftModel:
-    """Return `base` with the adapter of `folder` on it; a stock LoRA becomes the zoo's.
+    """Return `base` with the adapter of `folder` on it; a stock LoRA or RandLoRA becomes the zoo's.
 
     Args:
         base: the untouched base model.
         folder: a local adapter folder.
         adapter_name: name to give the adapter.
         is_trainable: whether its tensors shall train on.
+        method: the method of the LoRA family to take a stock LoRA for, such as lora_fa to train on its B alone; None
+            takes the one whose folders look so: lora, rslora or dora.
 
     Raises:
-        ModelError: the folder is not a complete adapter, holds a pickle, or does not fit `base`.
+        ModelError: the folder is not a complete adapter, holds a pickle, or does not fit `base` or `method`.
     """
     folder = Path(folder)
     check_adapter_name(adapter_name)
     config = read_config(folder)
     before = dict(base.named_modules())
     try:
-        if config.get("peft_type") == "LORA":
-            lora, state = read_lora_folder(folder)
-            lora.inference_mode = not is_trainable
-            model = get_peft_model(base, lora, adapter_name)
+        reader = reading(config.get("peft_type"))
+        if reader is not None or (config.get("peft_type") == "LORA" and adopting(config) is None):
+            own, state = read_lora_folder(folder, method) if reader is None else reader(folder)
+            own.inference_mode = not is_trainable
+            model = get_peft_model(base, own, adapter_name)
             set_peft_model_state_dict(model, state, adapter_name)
         else:
             model = PeftModel.from_pretrained(base, str(folder), adapter_name, is_trainable=is_trainable)

@@ -16,6 +16,7 @@ from torch import nn
 
 from peftzoo.core.base_layer import layer_kind
 from peftzoo.core.config import ZooConfig
+from peftzoo.core.in_place import check_in_place
 from peftzoo.core.registry import get_method
 from peftzoo.core.suggest import nearest
 from peftzoo.errors import ModelError
@@ -39,15 +40,15 @@ def check_targets(config: ZooConfig, model: nn.Module) -> None:
         _refuse_unmatched(patterns, modules)
     # inside an adapted layer stand its base layer and its adapters: those are no targets
     adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    _refuse_kinds(
-        config,
-        {
-            name: module
-            for name, module in modules.items()
-            if not name.startswith(adapted) and check_target_module_exists(config, name)
-        },
-        modules,
-    )
+    targets = {
+        name: module
+        for name, module in modules.items()
+        if not name.startswith(adapted) and check_target_module_exists(config, name)
+    }
+    _refuse_kinds(config, targets, modules)
+    writes = get_method(config.method_name).edits_base
+    if writes is not None and getattr(config, writes):
+        check_in_place(model, {name: _base(module) for name, module in targets.items()})
 
 
 def _listed(patterns: Iterable[str] | str) -> set[str]:
@@ -92,6 +93,8 @@ def _refuse_kinds(config: ZooConfig, targets: dict[str, nn.Module], modules: dic
         parent = modules.get(name.rpartition(".")[0])
         if kind is None or kind.name not in method.layers:
             refused.append(f"{name} ({type(base).__name__})")
+        elif why := config.refusal(kind.name):
+            raise ModelError(f"{name}: {method.name}: {why}")
         elif isinstance(parent, nn.TransformerEncoderLayer):
             # its fast path reads the weights of its layers without ever calling them
             refused.append(f"{name} (within {type(parent).__name__})")

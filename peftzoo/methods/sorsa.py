@@ -5,14 +5,11 @@ Here W stays whole and the starting triplets stay beside the trained ones as fro
 
     dW = scale * (U diag(s) V^T - U0 diag(s0) V0^T),
 
-the paper's update, exactly 0 at the start. Disabling, merging and a 4-bit W stay exact, and a saved adapter carries
-its own start instead of an SVD that may come out differently elsewhere. The price is r (in + out + 1) frozen numbers
-per layer, in memory and in the file.
+the paper's update, exactly 0 at the start. Disabling, merging and a 4-bit W stay exact, and a file carries its own
+start, not an SVD that may come out differently elsewhere, at the price of r (in + out + 1) frozen numbers per layer.
 
-The penalty is the paper's: gamma times the mean over all U and V of |Q^T Q - I|_F. Its norm is not smooth where U is
-orthonormal, which is where training starts, so a small epsilon stands under the root; it is computed in float32 even
-under autocast, where the authors' code computes it in bfloat16, and its gradient is not divided by the number of
-accumulation steps.
+The penalty, gamma times the mean over all U and V of |Q^T Q - I|_F, gets an epsilon under its root, which is not
+smooth at the start, and is always computed in float32; the authors' code computes it in bfloat16 under autocast.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 from peftzoo.core.adapter import Factors, LinearAdapter
 from peftzoo.core.config import ZooConfig
 from peftzoo.core.registry import register
+from peftzoo.core.sharding import whole
 
 
 @dataclass
@@ -33,9 +31,11 @@ class SorsaConfig(ZooConfig):
 
     Attributes:
         gamma: weight of the penalty, >= 0; 0 drops it.
+        divide_by_accumulation: divide the penalty by the micro-batches of a step, as the authors' trainer does.
     """
 
     gamma: float = 4e-4
+    divide_by_accumulation: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +46,6 @@ class SorsaConfig(ZooConfig):
     "sorsa",
     config=SorsaConfig,
     paper="arXiv:2409.00055",
-    lr_factor=1.0,
     trains=("u", "s", "vt"),
     to_lora="exact",
     tiny={"r": 4, "alpha": 6.0},
@@ -64,8 +63,7 @@ class Sorsa(LinearAdapter):
 
     def __init__(self, config: SorsaConfig, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)
-        r = config.r
-        if r > min(in_features, out_features):
+        if (r := config.r) > min(in_features, out_features):
             raise ValueError(f"sorsa: r={r} exceeds the rank of a [{out_features}, {in_features}] weight")
         for name, shape in {"u": (out_features, r), "s": (r,), "vt": (r, in_features)}.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -90,11 +88,13 @@ class Sorsa(LinearAdapter):
         """Return gamma / 2 * (|U^T U - I|_F + |V^T V - I|_F), a scalar."""
         if self.config.gamma == 0:
             return None
-        with torch.autocast(self.u.device.type, enabled=False):
-            return self.config.gamma * (_departure(self.u.T) + _departure(self.vt)) / 2
+        weight = self.config.gamma / (2 * accumulation if self.config.divide_by_accumulation else 2)
+        return weight * (_departure(whole(self.u).T) + _departure(whole(self.vt)))
 
 
 def _departure(q: Tensor) -> Tensor:
-    """Return sqrt(|q q^T - I|_F^2 + eps^2) for q [r, n], eps = 1e-6 sqrt(r)."""
-    gram = q @ q.T - torch.eye(q.shape[0], dtype=q.dtype, device=q.device)
-    return (gram.square().sum() + 1e-12 * q.shape[0]).sqrt()
+    """Return sqrt(|q q^T - I|_F^2 + eps^2) for q [r, n], eps = 1e-6 sqrt(r), in at least float32."""
+    with torch.autocast(q.device.type, enabled=False):
+        q = q.to(torch.promote_types(torch.float32, q.dtype))
+        gram = q @ q.T - torch.eye(q.shape[0], dtype=q.dtype, device=q.device)
+        return (gram.square().sum() + 1e-12 * q.shape[0]).sqrt()

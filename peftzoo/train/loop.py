@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch.nn.parallel import DistributedDataParallel
 
 from peftzoo.errors import NonFiniteError
+from peftzoo.train.calibration import calibrate_adapter
 from peftzoo.train.checks import check_trained, non_finite, trained_table
 from peftzoo.train.evaluation import Evaluation
 from peftzoo.train.manifest import describe_run, recipe_digest
@@ -104,15 +105,19 @@ class _Run:
             base = self.task.load_model(accelerator.device)
             frozen = list(base.parameters())
             self.model = add_adapter(base, recipe, self.task.peft_task_type)
+        with explain_out_of_memory(recipe, accelerator.device, "calibrating"):
+            ranks = calibrate_adapter(self.model, self.task, self.order, accelerator, self.report)
         check_trained(self.model, frozen)
         self.facts: dict[str, Any] = describe_run(recipe, accelerator, self.model)
+        if ranks is not None:
+            self.facts["ranks"] = ranks
         optimizer, self.schedule = make_optimizer(self.model, recipe, self.steps)
         # the schedule is not prepared, because accelerate would move it once per process
         wrapped, prepared = accelerator.prepare(self.model, optimizer)
         if isinstance(wrapped, DistributedDataParallel):
             # an adapter's frozen tensors are buffers, and they would be sent to all processes at every forward
             wrapped.broadcast_buffers = False
-        self.stepper = Stepper(accelerator, wrapped, prepared, recipe.learning_rate, settings.max_grad_norm)
+        self.stepper = Stepper(accelerator, wrapped, prepared, settings.max_grad_norm)
         self.seconds, self.tokens = 0.0, 0
         # from here on randomness is dropout, which must differ between processes
         set_seed(settings.seed, device_specific=True)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftzoo import builtin
+from peftzoo.core.peft_methods import prepare
 from peftzoo.core.registry import get_method
 from peftzoo.core.storage import load_adapter
 from peftzoo.errors import ModelError
@@ -39,6 +40,8 @@ def load_base(auto_class: Any, model: ModelSettings, device: torch.device) -> Pr
     """
     settings = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     base: PreTrainedModel = _loaded(model, auto_class.from_pretrained, **settings)
+    # the adapter's config says which base it is for: by the name it was given, not by where it lies on this machine
+    base.name_or_path = model.name_or_path
     base.requires_grad_(False)
     base.to(device)
     return base
@@ -69,7 +72,8 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str) -> PeftMo
     """
     folder, method = recipe.model.adapter_name_or_path, get_method(recipe.method.name)
     if folder is not None:
-        model = load_adapter(base, folder, is_trainable=True)
+        family = method.name if method.stock_lora is not None else None  # their folders may not say which they are
+        model = load_adapter(base, folder, is_trainable=True, method=family)
         if not isinstance(model.peft_config[model.active_adapter], method.config):
             raise ModelError(f"{folder} holds no {method.name} adapter; name its own method in method.name")
         return model
@@ -77,8 +81,10 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str) -> PeftMo
     config.task_type = task_type
     empty = base.device.type == "meta"
     try:
+        if method.adopted:
+            prepare(config, base, method.layers)
         return get_peft_model(base, config, revision=recipe.model.revision, low_cpu_mem_usage=empty)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(f"method {method.name} on {recipe.model.name_or_path}: {error}") from error
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self, TypedDict
 
-from peftzoo.core.registry import get_method, list_methods
+from peftzoo.core.registry import find_method, get_method
 from peftzoo.train.recipe_method import MethodSettings
 from peftzoo.train.recipe_part import STRICT, Count, Part, Seed, Text, wrong
 
@@ -194,9 +194,10 @@ class Recipe(Part):
         if not isinstance(recipe, Mapping):
             return recipe
         method, train = recipe.get("method"), recipe.get("train") or {}
-        if not isinstance(method, Mapping) or method.get("name") not in list_methods():
+        found = find_method(method.get("name")) if isinstance(method, Mapping) else None
+        if not isinstance(method, Mapping) or found is None:
             return recipe
-        settings = get_method(method["name"]).settings
+        settings = found.settings
         given = {settings[key].name for key in method if key in settings}
         seed = train.get("seed", 0) if isinstance(train, Mapping) else 0
         if "seed" not in settings or settings["seed"].name in given or type(seed) is not int or seed < 0:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import InitErrorDetails, to_json, to_jsonable_python
 from typing_extensions import Self
 
-from peftzoo.core.registry import Method, get_method, list_methods
-from peftzoo.train.recipe_part import STRICT, Part, Text, problem, refusal
+from peftzoo.core.registry import Method, find_method, get_method, list_methods
+from peftzoo.train.recipe_part import STRICT, Part, Text, problem, refusal, wrong
 
 
 class MethodSettings(Part):
@@ -30,19 +30,19 @@ class MethodSettings(Part):
     @model_validator(mode="before")
     @classmethod
     def _name_of_method(cls, block: object) -> object:
-        if not isinstance(block, Mapping) or block.get("name") in list_methods():
+        if not isinstance(block, Mapping) or find_method(block.get("name")):
             return block
         # a key that no method has may be the missing name, misspelt
         unknown = [key for key in block if key not in ("name", *settings_of(None))]
-        wrong = [InitErrorDetails(type="extra_forbidden", loc=(key,), input=block[key]) for key in unknown]
+        problems = [InitErrorDetails(type="extra_forbidden", loc=(key,), input=block[key]) for key in unknown]
         if "name" not in block:
-            wrong.append(InitErrorDetails(type="missing", loc=("name",), input=block))
+            problems.append(InitErrorDetails(type="missing", loc=("name",), input=block))
         else:
             try:
                 get_method(str(block["name"]))
             except KeyError as error:
-                wrong.append(problem("name", str(error.args[0]), block["name"]))
-        raise refusal(wrong)
+                problems.append(problem("name", str(error.args[0]), block["name"]))
+        raise refusal(problems)
 
     @model_validator(mode="after")
     def _settings_of_method(self) -> Self:
@@ -56,10 +56,10 @@ class MethodSettings(Part):
 
 
 def settings_of(method: object) -> list[str]:
-    """Return the settings of the method of this name, or of every method where there is none of this name."""
-    names = list_methods()
-    chosen = [name for name in names if name == method] or names
-    return list(dict.fromkeys(key for name in chosen for key in get_method(name).settings))
+    """Return the settings of the method of this name, or of every listed one where there is none of this name."""
+    found = find_method(method)
+    chosen = [found] if found else [get_method(name) for name in list_methods()]
+    return list(dict.fromkeys(key for one in chosen for key in one.settings))
 
 
 @cache
@@ -75,6 +75,8 @@ def _check_values(method: Method, settings: dict[str, Any]) -> None:
     """Raise what the config itself refuses: at each setting that is wrong alone, or else at the method."""
     try:
         method.make_config(**settings)
+    except ImportError as error:  # some of peft's need a package of their own
+        raise wrong("name", str(error), method.name) from None
     except (ValueError, TypeError) as joint:
         alone: list[InitErrorDetails] = []
         for key, value in settings.items():
@@ -94,5 +96,5 @@ def _complete(method: Method, settings: dict[str, Any]) -> dict[str, Any]:
             defaults[field.name] = field.default_factory()
         elif field.default is not MISSING:
             defaults[field.name] = field.default
-    complete: dict[str, Any] = to_jsonable_python(defaults | given)
+    complete: dict[str, Any] = to_jsonable_python(defaults | dict(method.preset) | given)
     return complete

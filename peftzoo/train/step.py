@@ -23,8 +23,8 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        loss: mean over the step's trained tokens of all processes, in nats.
-        grad_norm: of the task's gradient, before clipping.
+        loss: mean over the step's trained tokens of all processes, in nats; without a method's regularizer.
+        grad_norm: of the gradient of the loss and the regularizer, before clipping.
         tokens: trained tokens of the step, over all processes.
         skipped: fp16 overflowed, nothing was updated and the loss scale was lowered.
     """
@@ -42,23 +42,23 @@ class Stepper:
     Attributes:
         accelerator: knows the processes, the device and the precision; it must not accumulate by itself.
         model: the prepared model; called with a batch it returns an object whose ``loss`` is a mean.
-        optimizer: the prepared optimizer.
-        learning_rate: the peak rate, by which a penalty is divided, so that with plain gradient descent its pull is
-            the penalty's own weight times where the schedule stands.
-        max_grad_norm: the task's gradient is clipped to this norm; 0 does not clip.
+        optimizer: the prepared optimizer, its schedule made.
+        max_grad_norm: the gradient of loss and regularizer is clipped to this norm; 0 does not clip.
         taken: steps taken.
     """
 
     accelerator: Accelerator
     model: nn.Module
     optimizer: AcceleratedOptimizer
-    learning_rate: float
     max_grad_norm: float
     taken: int = 0
 
     def __post_init__(self) -> None:
         self._inner = self.accelerator.unwrap_model(self.model)
         self._trained = {name: p for name, p in self._inner.named_parameters() if p.requires_grad}
+        # a schedule keeps the peak rate of each group in initial_lr
+        groups = self.optimizer.param_groups
+        self._peak_rates = {id(p): group.get("initial_lr", group["lr"]) for group in groups for p in group["params"]}
 
     def take(self, batches: Sequence[dict[str, Tensor]], counts: Sequence[int]) -> StepResult:
         """Take one step on the mean over everything that the batches of all processes count.
@@ -78,12 +78,13 @@ class Stepper:
         scaler = self.accelerator.scaler
         if self.taken == 0:
             check_gradients(self._inner, scaled=scaler is not None)
+        self._add_regularizer()
         limit = self.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(self._trained.values(), limit))
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
             broken = non_finite({name: parameter.grad for name, parameter in self._trained.items()})
             raise NonFiniteError(f"step {number}: the gradient norm is {norm}; not finite: {', '.join(broken[:3])}")
-        self._add_penalty()
+        self._add_penalty(len(batches))
         self.optimizer.step()
         self.optimizer.zero_grad()
         skipped = bool(self.optimizer.step_was_skipped)
@@ -105,13 +106,25 @@ class Stepper:
             loss += part.detach()
         return float(accelerator.reduce(loss, "sum")), total
 
-    def _add_penalty(self) -> None:
-        """Add the gradient of the methods' penalty; after clipping, and once per step however many batches it has."""
-        penalty = hooks.penalty(self._inner)
-        if penalty is None:
-            return
+    def _add_regularizer(self) -> None:
+        """Add the gradient of the methods' regularizer, scaled as the loss is; once per step, on every process."""
+        scaler = self.accelerator.scaler
+        regularizer = hooks.regularizer(self._inner)
+        if regularizer is not None:
+            self._add_gradient(regularizer if scaler is None else regularizer * scaler.get_scale())
+
+    def _add_penalty(self, accumulation: int) -> None:
+        """Add the gradient of the methods' penalty; after clipping, and once per step however many batches it has.
+
+        It is divided by the peak rate of each tensor, so that with plain gradient descent its pull is the penalty's
+        own weight times where the schedule stands.
+        """
+        penalty = hooks.penalty(self._inner, accumulation)
+        if penalty is not None:
+            self._add_gradient(penalty, per_rate=True)
+
+    def _add_gradient(self, term: Tensor, per_rate: bool = False) -> None:
         trained = list(self._trained.values())
-        gradients = torch.autograd.grad(penalty / self.learning_rate, trained, allow_unused=True)
-        for parameter, gradient in zip(trained, gradients, strict=True):
+        for parameter, gradient in zip(trained, torch.autograd.grad(term, trained, allow_unused=True), strict=True):
             if gradient is not None and parameter.grad is not None:
-                parameter.grad.add_(gradient)
+                parameter.grad.add_(gradient / self._peak_rates[id(parameter)] if per_rate else gradient)

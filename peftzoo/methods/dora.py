@@ -1,0 +1,77 @@
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353).
+
+    W' = diag(m / |W + D|) (W + D),    D = scale * B A,    m in R^out,
+
+where |.| is the norm of each row of [out, in] (the paper's columns). A and B start as LoRA's, m as |W|, so W' = W at
+the start. As in section 4.3 of the paper, no gradient passes through the norm.
+
+W + D is never made: with row sums of products,
+
+    |W + D|^2 = |W|^2 + 2 scale rows(W A^T * B) + scale^2 rows(B (A A^T) * B),
+
+once per optimizer step and in float32, also under autocast. A row of W that is 0 stays 0; peft divides 0 by 0 there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftzoo.core.adapter import Factors
+from peftzoo.core.cache import StepCache
+from peftzoo.core.registry import register
+from peftzoo.core.stock_lora import StockLora
+from peftzoo.low_rank.adapter import ALIASES, LowRank, LowRankConfig
+from peftzoo.low_rank.eva import eva_start
+
+
+@dataclass
+class DoraConfig(LowRankConfig):
+    """Settings of DoRA: those of the family."""
+
+
+@register(
+    "dora",
+    config=DoraConfig,
+    paper="arXiv:2402.09353",
+    trains=("a", "b", "m"),
+    to_lora="approximate",
+    stock_lora=StockLora(frozenset({"use_dora"}), extra={"lora_magnitude_vector": "m"}, reads=True),
+    calibrate=eva_start,
+    aliases=ALIASES,
+    tiny={"r": 4, "alpha": 6.0},
+)
+class Dora(LowRank):
+    """LoRA for the direction of each row of the weight, and a trained magnitude for its length."""
+
+    config: DoraConfig
+
+    def __init__(self, config: DoraConfig, in_features: int, out_features: int) -> None:
+        super().__init__(config, in_features, out_features)
+        self.m = nn.Parameter(torch.empty(out_features))
+        self._norm: StepCache[Tensor] = StepCache()
+        self._norm.drop_on_load(self)
+
+    def init(self, weight: Tensor) -> None:
+        """Set A, B, and m to the norms of the rows of `weight` ([out, in], float32)."""
+        super().init(weight)
+        self.m.copy_(row_norms(weight, super().factors()))
+
+    def factors(self) -> Factors:
+        """Return A [r, in], B [out, r] and m / |W + D| [out]."""
+        update = super().factors()
+        norm = self._norm.get(lambda: row_norms(self.frozen_weight(), update), self.a, self.b)
+        return update._replace(out_scale=self.m / norm)
+
+
+def row_norms(weight: Tensor, update: Factors) -> Tensor:
+    """Return |W + D| of each row, [out], at least a tiny number, from W [out, in] and the factors of D."""
+    with torch.autocast(weight.device.type, enabled=False):
+        wide = torch.promote_types(torch.float32, weight.dtype)
+        weight, a, b = weight.to(wide), update.a.to(wide), update.scale * update.b.to(wide)
+        cross = (weight @ a.T * b).sum(1)
+        square = (b @ (a @ a.T) * b).sum(1)
+        total = torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square
+        return total.clamp_min(torch.finfo(wide).tiny).sqrt().to(update.b.dtype)
