@@ -300,7 +300,7 @@ def test_a_method_that_is_registered_is_a_method(dense, base, llama, tokens, tmp
     assert_differs(want, logits(llama, tokens))
     model.save_pretrained(tmp_path)
     assert_close(logits(PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path), tokens), want)
-    with pytest.raises(ModelError, match="a dense adapter is not low-rank"):
+    with pytest.raises(ModelError, match="a dense adapter cannot be written as a plain LoRA"):
         write_lora_folder(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -322,7 +322,7 @@ def test_names_in_the_registry(own_registry):
         peftzoo.adopt("vera", config=peft.VeraConfig, paper="", summary="")
     with pytest.raises(KeyError, match="unknown method 'sorsaa'; did you mean sorsa"):
         peftzoo.get_method("sorsaa")
-    with pytest.raises(KeyError, match="known are lora, paca, sorsa, vera"):
+    with pytest.raises(KeyError, match=f"known are {', '.join(peftzoo.list_methods())}"):
         peftzoo.get_method("something else")
 
 

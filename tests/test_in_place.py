@@ -22,13 +22,13 @@ from helpers import (
 )
 from pairs import run_pair
 from peft import PeftModel, get_peft_model
+from test_methods_training import trainer
 from test_paca import adapted, calibration
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import peftzoo
-from peftzoo import LoraConfig, PacaConfig
-from peftzoo.core.calibrate import calibrate
+from peftzoo import LoraConfig, PacaConfig, calibrate
 from peftzoo.core.fingerprint import fingerprint
 from peftzoo.errors import ModelError
 
@@ -229,6 +229,22 @@ def test_checkpointing_and_accumulation_change_nothing(llama, checkpointing, mic
     losses = [take_steps(added, make_batches(3), RATE), take_steps(written, make_batches(3), RATE, micro_batches)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert_all_close(trained_values(written), trained_values(added), 1e-4)
+
+
+def test_trainer_of_hugging_face(llama, tmp_path):
+    """It saves in between and resumes, and knows nothing of what stands in the weights."""
+    added, written = adapted(llama), in_place(llama)
+    written.load_state_dict(added.state_dict())
+    start = trained_values(added)
+    trainer(added, tmp_path / "added", max_steps=4).train()
+    trainer(written, tmp_path / "written", max_steps=4).train()
+    assert_trained(trained_values(added), start)
+    assert_all_close(trained_values(written), trained_values(added), 1e-4)
+    resumed = trainer(in_place(llama), tmp_path / "written", max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "written" / "checkpoint-2"))
+    assert_all_close(trained_values(resumed.model), trained_values(written), 1e-6)
+    resumed.model.set_adapter("default")
+    assert_base(resumed.model, llama)
 
 
 def test_what_changes_the_trained_tensor_is_seen(llama, tokens):

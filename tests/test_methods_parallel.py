@@ -11,7 +11,15 @@ from helpers import assert_all_close, assert_trained, take_steps, trained_values
 from processes import ROOT, environment
 from training_runs import MICRO_BATCHES, RATE, STEPS, started
 
+import peftzoo
+
 TESTS = ROOT / "tests"
+
+
+@pytest.fixture(params=peftzoo.list_methods())
+def method(request):
+    """Every method, those that change the base for good too: training is training."""
+    return peftzoo.get_method(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -65,4 +73,6 @@ def test_fsdp_equals_one_process(method, two_ranks, alone, rank):
     if method.fsdp:
         assert_same_run(got, alone)
     else:
+        with pytest.raises(AssertionError):  # or the declaration is out of date
+            assert_same_run(got, alone)
         assert "FSDP" in (ROOT / "docs" / "methods" / f"{method.name}.md").read_text(), "why it does not is told"

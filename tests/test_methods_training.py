@@ -31,6 +31,12 @@ from peftzoo.train.recipe import ModelSettings
 RATE = 1e-2
 
 
+@pytest.fixture(params=peftzoo.list_methods())
+def method(request):
+    """Every method, those that change the base for good too: training is training."""
+    return peftzoo.get_method(request.param)
+
+
 def test_accumulation_changes_nothing(method, llama):
     """A step of four micro-batches is the step of the whole batch, also where something is kept between forwards."""
     whole = shake(adapted(method, llama)).train()

@@ -11,8 +11,7 @@ from pairs import run_pair
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peftzoo import PacaConfig
-from peftzoo.core.calibrate import calibrate
+from peftzoo import PacaConfig, calibrate
 from peftzoo.errors import DataError, ModelError
 
 

@@ -59,8 +59,8 @@ def basis_lanes(
     key0, key1 = key & _MASK, (key >> 32) & _MASK
     for number in range(_ROUNDS):
         # the low half of a product is used with the high half dirty and masked before it is multiplied again;
-        # from round 4 on all four words have the full size, and the old ones may be overwritten
-        late = number > 3
+        # from the fourth round on the old words may be overwritten, as no new one is larger than its old one
+        late = number > 2
         product0 = (c0.bitwise_and_(_MASK) if late else c0 & _MASK).mul_(0xD2511F53)
         product1 = (c2.bitwise_and_(_MASK) if late else c2 & _MASK).mul_(0xCD9E8D57)
         c1, c3 = (c1.bitwise_xor_(key0), c3.bitwise_xor_(key1)) if late else (c1 ^ key0, c3 ^ key1)

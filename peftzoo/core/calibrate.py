@@ -83,7 +83,7 @@ def calibrate(
 
     Args:
         model: any model with zoo adapters, from `get_peft_model`, transformers' `add_adapter` or `attach`; changed in
-            place. Ranks may change, so an optimizer has to be made afterwards.
+            place. Ranks may change, so an optimizer, DDP, FSDP and `torch.compile` have to come afterwards.
         batches: what the model is called with: mappings of its arguments by name, or tuples, or single tensors. As
             many are taken as it needs; where there are fewer, they are gone through again. Several processes give
             different ones.
@@ -178,9 +178,10 @@ def _as_base(model: nn.Module) -> Iterator[None]:
     modes: dict[Any, bool] = {module: module.training for module in model.modules()}
     layers: list[Any] = [module for module in model.modules() if isinstance(module, ZooLinear)]
     disabled = [layer.disable_adapters for layer in layers]
-    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng([device.index for device in devices], device_type=kind):  # and the CPU's generator
+    devices = {parameter.device for parameter in model.parameters()}
+    gpus = [device for device in devices if device.type not in ("cpu", "mps")]  # Apple's has one generator for all
+    kind = gpus[0].type if gpus else "cuda"
+    with torch.random.fork_rng([device.index for device in gpus], device_type=kind):  # and the CPU's generator
         try:
             model.eval()
             for layer in layers:

@@ -63,26 +63,26 @@ def lu_in_order(weight: Tensor, rows: Tensor) -> LU:
     Computed in float64 on the CPU and returned so, for the same numbers everywhere. Below a pivot that is zero, or
     nearly so, L is 0: if the order came from this weight, nothing of size is left there.
     """
-    weight, rows, r = weight.to("cpu", torch.float64), rows.to("cpu", torch.long), rows.numel()
-    tiny = _TINY * weight.abs().max()
-    others = torch.ones(weight.shape[0], dtype=torch.bool).index_fill(0, rows, False)
+    tiny, r, rows = _TINY * float(weight.abs().max()), rows.numel(), rows.to(weight.device, torch.long)
+    others = torch.ones(len(weight), dtype=torch.bool, device=weight.device).index_fill(0, rows, False)
     order = torch.cat((rows, others.nonzero().flatten()))
-    a = weight[order, :r]
+    a, top = (part.to("cpu", torch.float64) for part in (weight[:, :r][order], weight[rows]))
     for start in range(0, r, _BLOCK):
         stop = min(start + _BLOCK, r)
-        for k in range(start, stop):
-            below = a[k + 1 :, k]
-            if a[k, k].abs() <= tiny:
-                below.zero_()
-            below /= a[k, k] if a[k, k] != 0 else 1.0
-            a[k + 1 :, k + 1 : stop].addr_(below, a[k, k + 1 : stop], alpha=-1)
+        columns = a[start:, start:stop].T.contiguous()  # a block of columns, each of them in one piece
+        for k, column in enumerate(columns):
+            below = column[k + 1 :]
+            below *= 0.0 if column[k].abs() <= tiny else 1.0 / column[k]
+            columns[k + 1 :, k + 1 :].addr_(columns[k + 1 :, k], below, alpha=-1)
+        a[start:, start:stop] = columns.T
         block, right = a[start:stop, start:stop], a[start:stop, stop:]
         right.copy_(torch.linalg.solve_triangular(block, right, upper=False, unitriangular=True))
         a[stop:, stop:] -= a[stop:, start:stop] @ right
+    order, rows = order.cpu(), rows.cpu()
     lower = torch.empty_like(a)
     lower[order] = a.tril(-1)
     lower[rows, torch.arange(r)] = 1.0
-    upper = torch.linalg.solve_triangular(a[:r], weight[rows], upper=False, unitriangular=True).triu()
+    upper = torch.linalg.solve_triangular(a[:r], top, upper=False, unitriangular=True).triu()
     pivots = upper.diagonal()
     return LU(lower, upper, torch.where(pivots.abs() <= tiny, 1.0, pivots))
 

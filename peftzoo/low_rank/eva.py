@@ -43,7 +43,7 @@ class EvaSettings(ZooConfig):
 
     Attributes:
         rho: ranks may grow to round(rho * r) where another layer gives some up; 1 leaves all at r. At least 1.
-        tau: cosine between a direction and what it was before, from which on it counts as found; 0 to 1.
+        tau: cosine between a direction and what it was before, from which on it counts as settled; 0 to 1.
         whiten: divide each direction by the root of its singular value.
         adjust_scale: give a layer whose rank changed the alpha that leaves its scale as it was.
         pca: "covariance" (exact), "incremental" (less memory), or "auto": covariance for layers of up to 1024 inputs.
@@ -74,7 +74,7 @@ class _Input:
     Attributes:
         layers: their names, in the model's order.
         pca: of the input.
-        found: which components have stopped turning, [n].
+        settled: which components have stopped turning, [n].
     """
 
     def __init__(self, layers: Sequence[str], adapters: Mapping[str, LinearAdapter]) -> None:
@@ -84,7 +84,7 @@ class _Input:
         n = max(components(adapters[layer]) for layer in layers)
         self.pca = make_pca(config.pca, n, in_features, config.seed, layers[0])
         self.tau = config.tau
-        self.found = torch.zeros(n, dtype=torch.bool)
+        self.settled = torch.zeros(n, dtype=torch.bool)
         self._looked_at: Components | None = None
 
     def look(self, *, all_seen: bool) -> None:
@@ -94,9 +94,9 @@ class _Input:
         if now is None:
             return
         if all_seen and self.pca.exact:
-            self.found[:] = True
+            self.settled[:] = True
         elif before is not None and now is not before:
-            self.found = self._still(before, now)
+            self.settled = self._still(before, now)
 
     def _still(self, before: Components, now: Components) -> Tensor:
         cosines = before.directions @ now.directions.T
@@ -154,7 +154,7 @@ def redistribute(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
 def _observe(
     model: nn.Module, modules: dict[str, ZooLinear], adapters: dict[str, LinearAdapter], batches: Batches
 ) -> tuple[list[_Input], dict[str, int]]:
-    """Run batches through the model until the components that the ranks ask for are found; return both."""
+    """Run batches through the model until the components that the ranks ask for have settled; return both."""
     settings = cast(EvaSettings, next(iter(adapters.values())).config)
     budget = sum(adapter.config.r for adapter in adapters.values())
     ranks = {layer: components(adapter) for layer, adapter in adapters.items()}
@@ -182,7 +182,8 @@ def _observe(
             ranks = redistribute({layer: ratios[layer] for layer in adapters}, budget)
         ranks, waiting = _agreed((ranks, [i for i, one in enumerate(inputs) if not _done(one, ranks)]))
         open_layers = [layer for i in waiting for layer in inputs[i].layers]
-        batches.say(f"calibrating: batch {number}, {len(adapters) - len(open_layers)} of {len(adapters)} layers found")
+        settled = len(adapters) - len(open_layers)
+        batches.say(f"calibrating: batch {number}, {settled} of {len(adapters)} layers settled")
         if last and open_layers:
             batches.warn(_still_turning(open_layers, settings))
         if last or not open_layers:
@@ -200,7 +201,7 @@ def _is_looked_at(number: int, most: int) -> bool:
 
 def _done(one: _Input, ranks: Mapping[str, int]) -> bool:
     used = max(ranks[layer] for layer in one.layers)
-    return one.pca.components is not None and bool(one.found[:used].all())
+    return one.pca.components is not None and bool(one.settled[:used].all())
 
 
 def _start(config: EvaSettings, rank: int, found: Components | None) -> Start:

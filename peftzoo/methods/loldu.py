@@ -49,11 +49,11 @@ class LolduConfig(ZooConfig):
     "loldu",
     config=LolduConfig,
     paper="arXiv:2410.13618",
-    lr_factor=1.0,
+    lr_factor=4.0,
     trains=("z",),
     layers=("linear", "conv1d", "conv2d", "bnb-4bit", "bnb-8bit"),
     to_lora="exact",
-    tiny={"r": 16, "alpha": 24.0, "init_method": "uniform"},
+    tiny={"r": 16, "alpha": 6.0, "init_method": "uniform"},
 )
 class Loldu(LUAdapter):
     """Trains the first r pivots of the weight's LU decomposition."""

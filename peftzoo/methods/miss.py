@@ -18,7 +18,6 @@ adopt(
     summary="Trains one matrix that all groups of r input features share; peft's own.",
     trains=("miss_block",),
     layers=("linear", "bnb-4bit", "bnb-8bit"),
-    fsdp=False,
     aliases={"dropout": "miss_dropout"},
     tiny={"r": 4, "target_modules": "all-linear"},
 )

@@ -31,7 +31,8 @@ class SaltConfig(ZooConfig):
     """Settings of SALT; `r` is the rank of X Y.
 
     Attributes:
-        ratio: share of the singular values that is scaled and shifted, 0 < ratio <= 1; `k` gives their number instead.
+        ratio: share of the singular values that is scaled and shifted, 0 < ratio <= 1.
+        k: their number, in place of `ratio`.
         core_relu: what of the core passes a ReLU: the k scaled values, nothing, or all of it.
         regularization: weight in the loss of |a * S_k + b - S_k| + |X Y|_F, summed over layers, >= 0.
     """

@@ -83,8 +83,11 @@ def check_trained(model: PeftModel, base: Sequence[nn.Parameter]) -> None:
     thawed = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and id(p) in own]
     if thawed:
         raise ModelError(f"{len(thawed)} weights of the base model are not frozen: {_some(thawed)}")
-    targets = getattr(model.peft_config[model.active_adapter], "target_modules", None)
+    config = model.peft_config[model.active_adapter]
+    targets = getattr(config, "target_modules", None)
     adapted = [name for name, module in model.named_modules() if _is_adapted(module)]
+    # layers that were asked for, and that calibration left without a rank
+    adapted += [name for name, rank in (getattr(config, "rank_pattern", None) or {}).items() if rank == 0]
     unmatched = [
         target
         for target in ([] if targets is None or isinstance(targets, str) else sorted(targets))

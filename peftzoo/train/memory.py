@@ -33,7 +33,7 @@ def explain_out_of_memory(recipe: Recipe, device: torch.device, doing: str) -> I
     Args:
         recipe: the run's settings, from which the remedies are made.
         device: where it runs.
-        doing: loading, training or evaluating.
+        doing: loading, calibrating, training or evaluating.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def remedies(recipe: Recipe, device: torch.device, doing: str) -> list[str]:
     if doing == "evaluating" and recipe.eval.per_device_eval_batch_size > 1:
         size = recipe.eval.per_device_eval_batch_size // 2
         found.append(f"eval.per_device_eval_batch_size={size}: half the activations, the same metrics")
-    if doing == "training" and train.per_device_train_batch_size > 1:
+    if doing in ("calibrating", "training") and train.per_device_train_batch_size > 1:
         size = train.per_device_train_batch_size
         parts = 2 if size % 2 == 0 else size
         found.append(
@@ -66,7 +66,7 @@ def remedies(recipe: Recipe, device: torch.device, doing: str) -> list[str]:
         found.append("model.dtype=bfloat16: half the memory of the base model")
     if doing == "training" and train.mixed_precision == "no" and device.type != "cpu":
         found.append("train.mixed_precision=bf16: about half the activations")
-    if doing == "training" and recipe.data.max_length > 64:
+    if doing in ("calibrating", "training") and recipe.data.max_length > 64:
         found.append(f"data.max_length={recipe.data.max_length // 2}: cuts longer rows")
     found.append("a smaller model in model.name_or_path")
     return found

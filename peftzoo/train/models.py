@@ -40,8 +40,6 @@ def load_base(auto_class: Any, model: ModelSettings, device: torch.device) -> Pr
     """
     settings = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     base: PreTrainedModel = _loaded(model, auto_class.from_pretrained, **settings)
-    # the adapter's config says which base it is for: by the name it was given, not by where it lies on this machine
-    base.name_or_path = model.name_or_path
     base.requires_grad_(False)
     base.to(device)
     return base
