@@ -139,8 +139,9 @@ def test_a_terminal_gets_one_line_a_method(run, monkeypatch):
 
 
 def test_a_setting_that_one_method_lacks_counts_for_the_others(run):
-    _, out, _ = run("methods", "--model", MODEL, "gamma=0.1", "r=2")
-    assert len(rows(out)) == len(peftzoo.list_methods())
+    table = rows(run("methods", "--model", MODEL, "gamma=0.1", "r=2")[1])
+    assert list(table) == peftzoo.list_methods()
+    assert all(re.fullmatch(r"[\d,]+", said["parameters"]) for said in table.values())
 
 
 def test_a_method_that_does_not_fit_says_why_in_its_row(run):

@@ -78,9 +78,16 @@ def test_bases_are_summed_once_per_step(llama, tokens, monkeypatch, checkpointin
 def test_a_step_is_seen_by_the_next_forward():
     adapter, layer = adapter_of()
     x = torch.randn(5, 12)
+
+    def double(coefficients):
+        with torch.no_grad():
+            coefficients.mul_(2)
+
     for change in (
         lambda: torch.optim.SGD(adapter.parameters(), lr=0.1).step(),
         lambda: adapter.load_state_dict({name: value + 1 for name, value in adapter.state_dict().items()}),
+        lambda: double(adapter.alpha),
+        lambda: double(adapter.beta),
         lambda: shake(layer, seed=3),
     ):
         before = layer(x)

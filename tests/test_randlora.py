@@ -100,9 +100,11 @@ def test_half_precision_keeps_float32_gradients():
             want.backward(dy.double())
             for got, right in ((y, want), *((leaf.grad, w.grad) for leaf, w in zip(leaves, wide, strict=True))):
                 assert (got.double() - right).norm() < 2e-2 * right.norm()
-            for leaf in leaves[1:]:
+            for leaf, right in zip(leaves[1:], wide[1:], strict=True):
                 assert leaf.grad.dtype == torch.float32
                 assert not torch.equal(leaf.grad, leaf.grad.bfloat16().float()), "was rounded"
+                if merged:  # nothing lies between bfloat16 inputs and the gradient but float32 sums
+                    assert (leaf.grad.double() - right.grad).norm() < 1e-5 * right.grad.norm()
 
 
 def test_saved_for_backward():
@@ -172,8 +174,20 @@ def test_merged_chain_makes_dw_once_per_step(llama, tokens, monkeypatch):
         optimizer.step()
     assert len(calls) == 2 * 6, "steps x layers"
     assert losses[0] == losses[2] != losses[3], "a step is seen by the next forward"
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # another dtype is another dW
-        model(tokens)
+
+
+def test_merged_chain_sees_every_change():
+    layer = shake(peftzoo.attach(nn.Linear(12, 10), RandloraConfig(r=3, chain="merged")))
+    adapter, x = layer.adapter("default"), torch.randn(5, 12)
+    for name in ("lam", "gamma"):
+        before = adapter(x)
+        with torch.no_grad():
+            getattr(adapter, name).mul_(2)
+        assert_close(adapter(x), 2 * before)
+    want = x.bfloat16() @ adapter.delta_weight(layer.base_layer.weight).T.bfloat16()
+    assert adapter(x.bfloat16()).dtype == torch.bfloat16
+    assert_close(adapter(x.bfloat16()).float(), want.float(), 2e-2)
+    assert adapter(x).dtype == torch.float32
 
 
 def test_defaults_are_the_authors():

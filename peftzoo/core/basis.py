@@ -27,7 +27,7 @@ class SeededConfig(ZooConfig):
     """Settings of a method whose frozen matrices follow from the seed.
 
     Attributes:
-        basis_version: definition of their numbers; set by the library.
+        basis_version: definition of the random numbers; set by the library.
 
     Raises:
         ValueError: another version's, or a value that is none of a setting's choices.
