@@ -533,6 +533,16 @@ def test_a_direction_that_flips_its_sign_has_settled():
     assert one._still(before, Components(torch.eye(4)[1:3], still, still)).tolist() == [False, False]
 
 
+def test_equal_directions_may_turn_among_themselves():
+    """One by one they would do so for as long as data come."""
+    turned = torch.linalg.qr(noise(1, rows=12)[0]).Q[:6]
+    layer = peftzoo.attach(nn.Linear(12, 4), EvaConfig(r=6, rho=1.0, max_batches=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(layer, (batch @ turned for batch in noise(99, rows=30, width=6)))
+    assert off(layer.adapter("default").a.detach(), turned) < 1e-5
+
+
 def test_directions_without_variance_need_not_settle():
     turned = torch.linalg.qr(noise(1, rows=12)[0]).Q[:2]  # what is 0 but for rounding is another direction each time
     batches = [batch[:, :2] @ turned for batch in noise(3)]
@@ -547,6 +557,14 @@ def test_ranks_of_single_layers_count_in_the_budget(llama):
     ranks = {plain_name(name): len(a) for name, a in starts(model).items()}
     assert sum(ranks.values()) == 3 * (14 - 3) + 2 * 6
     assert "model.layers.0.mlp.up_proj" not in ranks
+
+
+def test_layers_with_one_input_offer_as_many_components(llama, monkeypatch):
+    made = {}
+    monkeypatch.setattr(eva, "make_pca", lambda *args: made.update({args[-1]: args[1]}) or make_pca(*args))
+    calibrated(llama, rank_pattern={"k_proj": 6})
+    assert made["model.layers.0.self_attn.q_proj"] == 12, "what key may need"
+    assert made["model.layers.0.self_attn.o_proj"] == 6
 
 
 def test_progress_is_told(llama, monkeypatch):

@@ -267,6 +267,16 @@ def test_another_base_is_refused_when_it_is_loaded(folder, llama, change):
     PeftModel.from_pretrained(copy.deepcopy(llama), path, config=without_fingerprint(path))
 
 
+def test_the_state_of_another_base_is_refused_by_a_live_adapter():
+    """It has factors of its own, which are not those that the state's z belongs to."""
+    layer, twin = layer_with(weight_of(12, 20), r=6), shake(layer_with(weight_of(12, 20), r=6))
+    layer.adapter("default").load_state_dict(twin.adapter("default").state_dict())
+    assert_close(delta(layer), delta(twin), 1e-12)
+    other = layer_with(weight_of(12, 20).flip(0), r=6)
+    with pytest.raises(ModelError, match="its LU factors are"):
+        layer.adapter("default").load_state_dict(other.adapter("default").state_dict())
+
+
 def test_a_change_far_from_the_pivots_is_seen(llama, tmp_path):
     """The pivots depend on the first r columns of the pivot rows alone; the sketch on every row and column."""
     model = shake(get_peft_model(copy.deepcopy(llama), LolduConfig(r=4, target_modules=["up_proj"])))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import assert_close, assert_differs, make_llama, quantised, shake, zoo_layers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -252,6 +252,9 @@ def test_other_trailing_bases_change_nothing(folder, llama, tokens, monkeypatch,
     loaded.save_pretrained(again)
     assert_close(saved_tokens(peftzoo.load_adapter(copy.deepcopy(llama), again), tokens), moved)
     assert_close(saved_tokens(peftzoo.load_adapter(copy.deepcopy(llama), again, is_trainable=True), tokens), moved)
+    # into an adapter that has bases already
+    set_peft_model_state_dict(model, load_file(again / FILE))
+    assert_close(saved_tokens(model, tokens), moved)
 
 
 def test_training_goes_on_where_it_was(tmp_path):
