@@ -291,7 +291,7 @@ WAYS = (("covariance", 0.99), ("covariance", 1.0), ("incremental", 0.95))
 SHARES = """\
 from helpers import make_llama
 from peftzoo.core.calibrate import Start, _of_first
-from peftzoo.low_rank.eva import _agreed
+from peftzoo.core.processes import of_first
 from test_eva import TEXTS, WAYS, adapted, calibrate, starts
 for pca, tau in WAYS:
     model = adapted(make_llama(), pca=pca, tau=tau)
@@ -300,7 +300,7 @@ for pca, tau in WAYS:
 own = {"x": Start(5 + rank, 1.0 + rank, {"a": torch.full((2,), float(rank))})}
 got = _of_first(own)["x"]
 assert (got.rank, got.alpha, got.tensors["a"].tolist()) == (5, 1.0, [0.0, 0.0])
-assert _agreed(rank) == 0
+assert of_first(rank) == 0
 """
 
 

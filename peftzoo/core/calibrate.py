@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from peftzoo.core.config import ZooConfig
-from peftzoo.core.layer import ZooLinear
+from peftzoo.core.layer import ZooLinear, zoo_layers
+from peftzoo.core.processes import of_first
 from peftzoo.core.registry import get_method
 from peftzoo.errors import DataError, ModelError
 
@@ -119,8 +120,7 @@ def calibrate(
 
 def uncalibrated(model: nn.Module, adapter_name: str = "default") -> bool:
     """Whether an adapter of `model` still waits for `calibrate`."""
-    layers = (module for module in model.modules() if isinstance(module, ZooLinear))
-    return any(adapter_name in layer._uncalibrated for layer in layers)
+    return any(adapter_name in layer._uncalibrated for _, layer in zoo_layers(model))
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -132,8 +132,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, ZooLinear]:
     """Return the layers with the adapter by name, in the model's order, after checking that all wait for a start."""
-    found = [module for module in model.modules() if isinstance(module, ZooLinear)]
-    found = [layer for layer in found if adapter_name in layer.peftzoo_adapter]
+    found = [layer for _, layer in zoo_layers(model, adapter_name)]
     layers = {layer.layer_name: layer for layer in found}
     if not layers:
         raise ModelError(f"the model has no zoo adapter {adapter_name!r}")
@@ -176,7 +175,7 @@ def _config(model: nn.Module, layers: dict[str, ZooLinear], adapter_name: str) -
 def _as_base(model: nn.Module) -> Iterator[None]:
     """Let the model be the base in evaluation mode, and leave it and the random generators as they were."""
     modes: dict[Any, bool] = {module: module.training for module in model.modules()}
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, ZooLinear)]
+    layers: list[Any] = [layer for _, layer in zoo_layers(model)]
     disabled = [layer.disable_adapters for layer in layers]
     devices = {parameter.device for parameter in model.parameters()}
     gpus = [device for device in devices if device.type not in ("cpu", "mps")]  # Apple's has one generator for all
@@ -196,16 +195,12 @@ def _as_base(model: nn.Module) -> Iterator[None]:
 
 def _of_first(starts: dict[str, Start]) -> dict[str, Start]:
     """Return what the first process found, on all."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return starts
-    own = [
+    return of_first(
         {
             name: start._replace(tensors={key: tensor.cpu() for key, tensor in start.tensors.items()})
             for name, start in starts.items()
         }
-    ]
-    distributed.broadcast_object_list(own)
-    return own[0]
+    )
 
 
 def _note_patterns(config: ZooConfig, starts: dict[str, Start], layers: dict[str, ZooLinear]) -> None:

@@ -10,13 +10,14 @@ from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from peftzoo.core.adapter import LinearAdapter
 from peftzoo.core.calibrate import Start, call
 from peftzoo.core.config import ZooConfig
-from peftzoo.core.layer import ZooLinear
+from peftzoo.core.layer import ZooLinear, zoo_layers
+from peftzoo.core.processes import of_all
 from peftzoo.core.random import permutation, stream_key
 from peftzoo.errors import DataError
 from peftzoo_kernels import mm_float32
@@ -40,8 +41,6 @@ class ColumnSettings(ZooConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ("random", "norm_top", "norm_low", "gradient")
-        self._require("selection", self.selection in known, f"one of {', '.join(known)}")
         self._require("max_batches", self.max_batches >= 1, "at least 1")
 
     @property
@@ -126,7 +125,7 @@ def column_gradients(
     Raises:
         DataError: the model computes no loss from a batch, or none with a finite gradient to every layer.
     """
-    watched = {m.layer_name: m for m in model.modules() if isinstance(m, ZooLinear) and m.layer_name in layers}
+    watched = {layer.layer_name: layer for _, layer in zoo_layers(model) if layer.layer_name in layers}
     scores = {name: torch.zeros(layer.in_features) for name, layer in watched.items()}
 
     def watch(layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
@@ -172,10 +171,8 @@ def _total(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         DataError: a layer got no gradient, or one that is not finite.
     """
-    if distributed.is_available() and distributed.is_initialized():
-        shares: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(shares, scores)  # by way of the CPU, whatever the backend
-        scores = {name: torch.stack([share[name] for share in shares]).sum(0) for name in scores}
+    shares = of_all(scores)
+    scores = {name: torch.stack([share[name] for share in shares]).sum(0) for name in scores}
     for name, score in scores.items():
         if not 0 < score.sum() < math.inf:
             raise DataError(f"the loss on the calibration batches has no finite gradient to {name} other than 0")

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 from typing_extensions import Self
@@ -99,6 +99,8 @@ class ZooConfig(PeftConfig):
                     re.compile(pattern)
                 except re.error as error:
                     self._require(name, False, f"a list of names or a regular expression: {error}")
+        for name, choices in _choices(type(self)).items():
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(map(str, choices))}")
         for name, least in {"rank_pattern": 0, "alpha_pattern": math.ulp(0), "lr_ratios": math.ulp(0)}.items():
             values = (getattr(self, name) or {}).values()
             bound = "at least 0" if name == "rank_pattern" else "finite and above 0"
@@ -140,6 +142,12 @@ class ZooConfig(PeftConfig):
     def _require(self, name: str, holds: bool, bound: str) -> None:
         if not holds:
             raise ValueError(f"{self.method_name}: {name}={getattr(self, name)!r} must be {bound}")
+
+
+def _choices(config: type[ZooConfig]) -> dict[str, tuple[Any, ...]]:
+    """Return the settings that are declared as a Literal, with their values."""
+    hints = get_type_hints(config)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _of_layer(pattern: dict[str, Any] | None, name: str) -> Any:

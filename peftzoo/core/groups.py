@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftzoo.core.layer import ZooLinear
+from peftzoo.core.layer import zoo_layers
 from peftzoo.core.suggest import nearest
 from peftzoo.errors import ModelError
 
@@ -42,9 +42,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
 def _ratios(model: nn.Module) -> Iterator[tuple[int, float]]:
     """Yield the identity of every tensor that has a ratio, and the ratio."""
     asked: dict[tuple[str, str], set[str]] = {}  # (method, tensor) -> the tensors that there are
-    for layer in model.modules():
-        if not isinstance(layer, ZooLinear):
-            continue
+    for _, layer in zoo_layers(model):
         for name in layer.peftzoo_adapter:
             adapter = layer.adapter(name)
             tensors = dict(adapter.named_parameters())

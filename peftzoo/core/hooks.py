@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from peftzoo.core.adapter import LinearAdapter
 from peftzoo.core.cache import count_step
-from peftzoo.core.layer import ZooLinear
+from peftzoo.core.layer import zoo_layers
 from peftzoo.core.registry import adopting
 
 
 def active_adapters(model: nn.Module) -> Iterator[LinearAdapter]:
     """Yield every active zoo adapter of `model`, layer by layer."""
-    for module in model.modules():
-        if isinstance(module, ZooLinear):
-            yield from module.active()
+    for _, layer in zoo_layers(model):
+        yield from layer.active()
 
 
 def penalty(model: nn.Module, accumulation: int = 1) -> Tensor | None:

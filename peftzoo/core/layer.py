@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -234,3 +234,10 @@ class ZooLinear(InPlace):
             target = torch.device(device) if device is not None else cast(Tensor, self.base_layer.weight).device
             if target.type != "meta" and not any(parameter.is_meta for parameter in adapter.parameters()):
                 adapter.to(target)
+
+
+def zoo_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, ZooLinear]]:
+    """Yield the zoo layers of `model` with their names in it; with `adapter_name`, those that have the adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, ZooLinear) and (adapter_name is None or adapter_name in module.peftzoo_adapter):
+            yield name, module

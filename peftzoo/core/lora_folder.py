@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftzoo.core.adapter import LinearAdapter
 from peftzoo.core.config import ZooConfig
-from peftzoo.core.layer import ZooLinear
+from peftzoo.core.layer import ZooLinear, zoo_layers
 from peftzoo.core.registry import Method, get_method, list_methods
 from peftzoo.core.stock_lora import StockLora
 from peftzoo.errors import ModelError
@@ -141,11 +141,7 @@ def read_lora_folder(folder: Path, method: str | None = None) -> tuple[ZooConfig
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, ZooLinear]:
     """Return the layers that have the adapter, by their names in the base model."""
-    found = {
-        name.removeprefix(_WRAPPED): module
-        for name, module in model.named_modules()
-        if isinstance(module, ZooLinear) and adapter_name in module.peftzoo_adapter
-    }
+    found = {name.removeprefix(_WRAPPED): layer for name, layer in zoo_layers(model, adapter_name)}
     if not found:
         raise ModelError(f"adapter {adapter_name!r} is on no layer of this model")
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftzoo.core.config import ZooConfig
 from peftzoo.core.fingerprint import difference, fingerprint
-from peftzoo.core.layer import ZooLinear
+from peftzoo.core.layer import ZooLinear, zoo_layers
 from peftzoo.core.names import check_adapter_name
 from peftzoo.core.peft_type import ZOO_PREFIX, ZOO_TYPE
 from peftzoo.core.targets import check_targets
@@ -57,11 +57,7 @@ class ZooModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter on every layer its config names, then let the adapters of the layers meet."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        adapters = [
-            layer.adapter(adapter_name)
-            for layer in model.modules()
-            if isinstance(layer, ZooLinear) and adapter_name in layer.peftzoo_adapter
-        ]
+        adapters = [layer.adapter(adapter_name) for _, layer in zoo_layers(model, adapter_name)]
         if adapters:
             type(adapters[0]).share(adapters)
 
@@ -90,10 +86,9 @@ class ZooModel(BaseTuner):
         """Leave adapters in float32, or, if the caller asks for no cast, put them into their base layer's dtype."""
         if autocast_adapter_dtype:
             return
-        for layer in self.model.modules():
-            if isinstance(layer, ZooLinear) and adapter_name in layer.peftzoo_adapter:
-                _, dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)
-                layer.adapter(adapter_name).to(dtype)
+        for _, layer in zoo_layers(self.model, adapter_name):
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)
+            layer.adapter(adapter_name).to(dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
@@ -119,9 +114,8 @@ class ZooModel(BaseTuner):
 
     def _refuse_broken_merge(self, adapter_names: list[str] | None) -> None:
         # every delta is made twice for it, which costs less than keeping them all, or than half a merge
-        for layer in self.model.modules():
-            if isinstance(layer, ZooLinear):
-                layer.merged_weight(layer.active_adapters if adapter_names is None else adapter_names)
+        for _, layer in zoo_layers(self.model):
+            layer.merged_weight(layer.active_adapters if adapter_names is None else adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -130,11 +124,7 @@ class ZooModel(BaseTuner):
         """Map a file's keys to the model's, refusing a file that does not fit to the last key and number."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         found = {key.removeprefix(_WRAPPED): value for key, value in mapped.items()}
-        layers = {
-            name.removeprefix(_WRAPPED): layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, ZooLinear) and adapter_name in layer.peftzoo_adapter
-        }
+        layers = {name.removeprefix(_WRAPPED): layer for name, layer in zoo_layers(model, adapter_name)}
         want = {
             f"{name}.peftzoo_adapter.{adapter_name}.{key}": value
             for name, layer in layers.items()

@@ -1,8 +1,8 @@
-"""Did you mean ...? The known name closest to what was typed."""
+"""Names in messages: the known one closest to what was typed, and the first of many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -23,6 +23,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     words = set(name.lower().replace("-", "_").split("_"))
     holders = [other for other in known if words <= set(other.lower().split("_"))]
     return holders[0] if len(wanted) > 3 and len(holders) == 1 else None
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first `most` names in a row, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def flat(name: str) -> str:

@@ -18,7 +18,7 @@ from peftzoo.core.base_layer import layer_kind
 from peftzoo.core.config import ZooConfig
 from peftzoo.core.in_place import check_in_place
 from peftzoo.core.registry import get_method
-from peftzoo.core.suggest import nearest
+from peftzoo.core.suggest import nearest, some
 from peftzoo.errors import ModelError
 
 ALL_LINEAR = "all-linear"
@@ -74,11 +74,10 @@ def _refuse_unmatched(patterns: Iterable[str] | str, modules: dict[str, nn.Modul
             f"layers whose names end so, write [{patterns!r}]"
         )
     suffixes = Counter(name.rsplit(".", 1)[-1] for name, module in modules.items() if layer_kind(_base(module)))
-    guesses = [f"{p} (did you mean {guess}?)" if (guess := nearest(p, suffixes)) else p for p in missed[:5]]
-    more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+    guesses = [f"{p} (did you mean {guess}?)" if (guess := nearest(p, suffixes)) else p for p in missed]
     there = ", ".join(f"{suffix} x{count}" for suffix, count in sorted(suffixes.items())) or "none"
     raise ModelError(
-        f"target_modules: {', '.join(guesses)}{more} matches no layer of the model; those that can be adapted: {there}"
+        f"target_modules: {some(guesses)} matches no layer of the model; those that can be adapted: {there}"
     )
 
 
@@ -105,9 +104,8 @@ def _refuse_kinds(config: ZooConfig, targets: dict[str, nn.Module], modules: dic
             except ValueError as error:
                 raise ModelError(f"{name}: {error}") from None
     if refused:
-        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ModelError(
-            f"{method.name} cannot adapt {', '.join(refused[:5])}{more}; it adapts {', '.join(method.layers)}: "
+            f"{method.name} cannot adapt {some(refused)}; it adapts {', '.join(method.layers)}: "
             "take them out of target_modules or name them in exclude_modules"
         )
 
@@ -120,10 +118,9 @@ def _refuse_experts(model: nn.Module, listed: set[str], everything: bool) -> Non
     ]
     hit = [name for name in experts if everything or any(_matches(p, name) for p in listed)]
     if hit:
-        shown = ", ".join(hit[:3]) + (f" and {len(hit) - 3} more" if len(hit) > 3 else "")
         raise ModelError(
-            f"experts stored as 3-D parameters cannot be adapted yet: {shown}; list the linear layers to adapt in "
-            "target_modules to leave the experts frozen"
+            f"experts stored as 3-D parameters cannot be adapted yet: {some(hit, 3)}; list the linear layers to "
+            "adapt in target_modules to leave the experts frozen"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftzoo.core.adapter import Factors, LinearAdapter
 from peftzoo.low_rank.eva import EvaSettings
-from peftzoo.low_rank.starts import ANCHORED, STARTS, StartName, start_factors
+from peftzoo.low_rank.starts import ANCHORED, StartName, start_factors
 
 # peft's spelling of the settings that the family shares with it
 ALIASES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
@@ -34,10 +34,6 @@ class LowRankConfig(EvaSettings):
     """
 
     start: StartName = "default"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("start", self.start in STARTS, f"one of {', '.join(STARTS)}")
 
     @property
     def needs_data(self) -> bool:

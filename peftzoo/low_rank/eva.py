@@ -18,21 +18,21 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from peftzoo.core.adapter import LinearAdapter
 from peftzoo.core.calibrate import Batches, Start, call
 from peftzoo.core.config import ZooConfig
-from peftzoo.core.layer import ZooLinear
+from peftzoo.core.layer import ZooLinear, zoo_layers
+from peftzoo.core.processes import of_first
+from peftzoo.core.suggest import some
 from peftzoo.errors import DataError
 from peftzoo.low_rank.inputs import RowMasks, input_rows, row_masks, shared_inputs
 from peftzoo.low_rank.pca import Components, make_pca
 
-T = TypeVar("T")
 # a direction with less of the variance than this is rounding, and turns as it likes
 _NO_VARIANCE = 1e-9
 
@@ -61,10 +61,8 @@ class EvaSettings(ZooConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = ("auto", "covariance", "incremental")
         self._require("rho", 1 <= self.rho < float("inf"), "a finite number >= 1")
         self._require("tau", 0 <= self.tau <= 1, "at least 0 and at most 1")
-        self._require("pca", self.pca in kinds, f"one of {', '.join(kinds)}")
         self._require("max_batches", self.max_batches >= 1, "at least 1")
 
 
@@ -114,7 +112,7 @@ def eva_start(model: nn.Module, adapters: dict[str, LinearAdapter], batches: Bat
         DataError: a layer never saw as many rows as it needs components.
         ModelError: inputs that are not finite.
     """
-    modules = {m.layer_name: m for m in model.modules() if isinstance(m, ZooLinear) and m.layer_name in adapters}
+    modules = {layer.layer_name: layer for _, layer in zoo_layers(model) if layer.layer_name in adapters}
     with torch.no_grad():
         inputs, ranks = _observe(model, modules, adapters, batches)
         return {
@@ -171,7 +169,7 @@ def _observe(
         with _watching(modules, watched, masks):
             call(model, batch)
         last = number == settings.max_batches
-        all_seen = _agreed(all_seen or ends)
+        all_seen = of_first(all_seen or ends)  # rounding and shares of the rows must not lead processes apart
         for one in watched:
             if not one.pca.exact or all_seen or _is_looked_at(number, settings.max_batches):
                 one.look(all_seen=all_seen)
@@ -180,7 +178,7 @@ def _observe(
         ratios = {layer: one.pca.components.ratios for one in inputs if one.pca.components for layer in one.layers}
         if len(ratios) == len(adapters):
             ranks = redistribute({layer: ratios[layer] for layer in adapters}, budget)
-        ranks, waiting = _agreed((ranks, [i for i, one in enumerate(inputs) if not _done(one, ranks)]))
+        ranks, waiting = of_first((ranks, [i for i, one in enumerate(inputs) if not _done(one, ranks)]))
         open_layers = [layer for i in waiting for layer in inputs[i].layers]
         settled = len(adapters) - len(open_layers)
         batches.say(f"calibrating: batch {number}, {settled} of {len(adapters)} layers settled")
@@ -243,15 +241,6 @@ def _cycled(batches: Batches) -> Iterator[tuple[Any, bool]]:
             yield batch, place == len(kept)
 
 
-def _agreed(value: T) -> T:
-    """Return what the first process has for `value`, on all: rounding must not lead them apart."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        own = [value]
-        dist.broadcast_object_list(own)
-        return own[0]
-    return value
-
-
 @contextmanager
 def _watching(modules: Mapping[str, nn.Module], watched: Sequence[_Input], masks: RowMasks) -> Iterator[None]:
     """Feed the inputs of the layers into their PCAs while the block runs; other hooks stay as they are."""
@@ -277,7 +266,7 @@ def _refuse_unseen(inputs: Sequence[_Input]) -> None:
         one = short[0]
         seen = "rows in all" if one.pca.exact else "rows in a batch at most"
         raise DataError(
-            f"eva: {_some([layer for one in short for layer in one.layers])}: {one.pca.most} {seen}, and the start "
+            f"eva: {some([layer for one in short for layer in one.layers])}: {one.pca.most} {seen}, and the start "
             f"takes {one.pca.n} (r times rho). Give larger batches or more of them, lower r or rho, or set "
             "label_mask=False if few tokens have labels"
         )
@@ -286,10 +275,6 @@ def _refuse_unseen(inputs: Sequence[_Input]) -> None:
 def _still_turning(layers: Sequence[str], settings: EvaSettings) -> str:
     return (
         f"eva: after max_batches={settings.max_batches} batches the directions of {len(layers)} layers still turn by "
-        f"more than tau={settings.tau} allows and are taken as they are: {_some(layers)}. Raise max_batches, give "
+        f"more than tau={settings.tau} allows and are taken as they are: {some(layers)}. Raise max_batches, give "
         "larger batches, or lower tau"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

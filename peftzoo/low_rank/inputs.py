@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from peftzoo.core.calibrate import call
 from peftzoo.core.layer import ZooLinear
+from peftzoo.core.processes import of_all
 from peftzoo.core.random import stream_key, uniform
 from peftzoo.errors import ModelError
 
@@ -83,14 +83,10 @@ def shared_inputs(model: nn.Module, layers: Mapping[str, ZooLinear], batch: Any,
         same = (other for other in first.values() if _equal(seen[other], columns))
         same = (other for other in same if layers[other].in_features == layers[name].in_features)
         first[name] = next(same, name)
-    # equal on every process, or not equal
-    everywhere: list[dict[str, str] | None] = [first]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, first)
+    everywhere = of_all(first)  # equal on every process, or not equal
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in layers:
-        groups[tuple(cast(dict[str, str], one)[name] for one in everywhere)].append(name)
+        groups[tuple(one[name] for one in everywhere)].append(name)
     return list(groups.values())
 
 

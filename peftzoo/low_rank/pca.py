@@ -24,8 +24,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
+from peftzoo.core.processes import summed
 from peftzoo.core.random import stream_key, uniform
 
 POWER_ITERATIONS = 4
@@ -187,13 +187,6 @@ def make_pca(kind: str, n: int, in_features: int, seed: int, layer: str) -> Pca:
 # inputs of a layer up to which `auto` takes the covariance: 8 MB each, and a fraction of a second to decompose. The
 # 11,008 inputs of one layer of LLaMA-2-7B would take 1 GB and minutes.
 COVARIANCE_UP_TO = 1024
-
-
-def summed(tensor: Tensor) -> Tensor:
-    """Return the sum of `tensor` over all processes, in place."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def wide(tensor: Tensor) -> Tensor:

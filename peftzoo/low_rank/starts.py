@@ -13,7 +13,7 @@ pissa and olora do not start at 0: the adapter keeps a copy of where they did an
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch import Tensor
 from peftzoo.core.random import normal, stream_key, uniform
 
 StartName = Literal["default", "gaussian", "pissa", "olora", "eva"]
-STARTS: tuple[str, ...] = get_args(StartName)
 # those that begin as a part of the weight, of which the adapter has to keep a copy
 ANCHORED = frozenset({"pissa", "olora"})
 

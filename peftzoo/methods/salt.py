@@ -46,7 +46,6 @@ class SaltConfig(ZooConfig):
         super().__post_init__()
         self._require("ratio", 0 < self.ratio <= 1, "above 0 and at most 1")
         self._require("k", self.k is None or self.k >= 1, "at least 1, or none")
-        self._require("core_relu", self.core_relu in ("top", "none", "full"), "top, none or full")
         self._require("regularization", self.regularization >= 0, "at least 0")
 
     def refusal(self, kind: str) -> str | None:

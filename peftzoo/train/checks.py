@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 
+from peftzoo.core.suggest import some
 from peftzoo.errors import ModelError, RecipeError
 
 LAUNCH = (
@@ -82,7 +83,7 @@ def check_trained(model: PeftModel, base: Sequence[nn.Parameter]) -> None:
     # biases and norms of the base are vectors, and some methods train them on request
     thawed = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and id(p) in own]
     if thawed:
-        raise ModelError(f"{len(thawed)} weights of the base model are not frozen: {_some(thawed)}")
+        raise ModelError(f"{len(thawed)} weights of the base model are not frozen: {some(thawed, SHOWN)}")
     config = model.peft_config[model.active_adapter]
     targets = getattr(config, "target_modules", None)
     adapted = [name for name, module in model.named_modules() if _is_adapted(module)]
@@ -118,13 +119,13 @@ def check_gradients(model: nn.Module, *, scaled: bool) -> None:
     if missing:
         raise ModelError(
             f"after the first backward {len(missing)} of {len(trained)} trained tensors have no gradient and would "
-            f"never learn: {_some(missing)}. Target only modules that this task uses."
+            f"never learn: {some(missing, SHOWN)}. Target only modules that this task uses."
         )
     broken = [] if scaled else non_finite(trained)
     if broken:
         raise ModelError(
             f"after the first backward {len(broken)} of {len(trained)} trained tensors have a gradient that is not "
-            f"finite: {_some(broken)}"
+            f"finite: {some(broken, SHOWN)}"
         )
 
 
@@ -183,8 +184,3 @@ def _shape(module: nn.Module) -> str:
 
 def _sizes(module: nn.Module) -> Sequence[int]:
     return getattr(module, "weight", torch.empty(0)).shape
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + rest
