@@ -149,7 +149,7 @@ def draw(table: dict[str, Any]) -> None:
         mean = statistics.mean(scores)
         axes.errorbar(row["trained_parameters"], mean, [[mean - min(scores)], [max(scores) - mean]], fmt="o", ms=4)
         axes.annotate(name, (row["trained_parameters"], mean), xytext=(4, 4), textcoords="offset points", size=8)
-    axes.set(xscale="log", xname="trained parameters", yname="exact match after 250 steps (%)", ylim=(-5, 105))
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match after 250 steps (%)", ylim=(-5, 105))
     axes.set_title("quickstart/dates, three seeds, default learning rates")
     axes.grid(alpha=0.3)
     figure.savefig(DOCS / "zoo.png", dpi=120)
