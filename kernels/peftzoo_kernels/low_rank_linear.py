@@ -1,81 +1,189 @@
-"""A frozen linear layer and its low-rank update in one op.
+"""Frozen linear layers that share their input, and their low-rank updates, in one op.
 
-    y = x W^T + bias + scale * ((x a^T) * s) b^T
+    y_i = c_i * (x W_i^T + scale_i * ((drop(x) a_i^T) * s_i) b_i^T) + bias_i
 
 Order of work ("C-first"): the rank-r product is written into the output buffer, then the frozen product is accumulated
-on top of it, so the update costs no pass over y of its own. With h = x a^T, u = scale * s * h and t = dy b:
+on top of it, so the update costs no pass over y of its own. With h = drop(x) a^T, u = scale * s * h, g = c * dy and
+t = g b, and with c * y without its bias called v before the factor c:
 
-    ds = scale * colsum(h * t)    db = dy^T u    da = (scale * s * t)^T x    dx = (scale * s * t) a + dy W
+    dc = colsum(dy * v)    ds = scale * colsum(h * t)    db = g^T u    dh = scale * s * t
+    da = dh^T drop(x)      dx = sum_i drop'(dh_i a_i) + g_i W_i
 
-Only a trained `a` needs x, only a trained `b` or `s` needs h [m, r]; nothing else of size m is kept.
+Layers in one call read x once for all h, once for all da, and add up dx in one place. Only a trained `a` needs x, only
+a trained `b` or `s` needs h [m, r], only a trained `c` needs v [m, out]; nothing else of size m is kept: dropout is
+drawn anew from its seed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftzoo_kernels._backend import backend
-from peftzoo_kernels._gemm import compute_dtype, mm_float32, to_dtype_of
+from peftzoo_kernels._gemm import compute_dtype
 from peftzoo_kernels._registration import differentiable
+from peftzoo_kernels._weight import PackedWeight, Weight, dense, restored, stored
+from peftzoo_kernels.down_grad import down_grad
+from peftzoo_kernels.dropout import draw_seed, dropped, threshold
+from peftzoo_kernels.expand import expand
+from peftzoo_kernels.frozen_product import frozen_product
+from peftzoo_kernels.shrink import shrink
+from peftzoo_kernels.up_grads import up_grads
 
 
-def low_rank_linear_ref(
-    x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    s: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Say in plain torch what `low_rank_linear` computes, in the dtype of `x`."""
-    h = F.linear(x, a.to(x.dtype))
-    if s is not None:
-        h = h * s.to(x.dtype)
-    update = scale * F.linear(h, b.to(x.dtype))
-    return update if weight is None else F.linear(x, weight.to(x.dtype), to_dtype_of(x, bias)) + update
+class LowRankLayer(NamedTuple):
+    """One layer of a group, without its input.
 
-
-def low_rank_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    s: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Return x W^T + bias + scale * ((x a^T) * s) b^T.
-
-    Args:
-        x: input, [..., in].
-        weight: frozen weight, [out, in], any strides; None returns the update alone.
+    Attributes:
+        weight: frozen weight, [out, in], any strides, or packed; None for the update alone.
         a: down factor, [r, in], in any floating dtype; cast to the dtype of the product, gradient in its own.
         b: up factor, [out, r], likewise.
         s: middle diagonal, [r], likewise; None means all ones.
         bias: frozen bias, [out]; needs `weight`.
+        out_scale: factor of each output, [out], in any floating dtype; None means all ones.
         scale: scalar factor of the update.
+    """
+
+    weight: Weight | None
+    a: Tensor
+    b: Tensor
+    s: Tensor | None = None
+    bias: Tensor | None = None
+    out_scale: Tensor | None = None
+    scale: float = 1.0
+
+
+def low_rank_linear_ref(
+    x: Tensor,
+    weight: Weight | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Say in plain torch what `low_rank_linear` computes, in the dtype of `x`."""
+    h = F.linear(x if seed is None else dropped(x, dropout, seed), a.to(x.dtype))
+    if s is not None:
+        h = h * s.to(x.dtype)
+    y = scale * F.linear(h, b.to(x.dtype))
+    if weight is not None:
+        y = F.linear(x, dense(weight, x.dtype)) + y
+    if out_scale is not None:
+        y = (y * out_scale).to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Weight | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return out_scale * (x W^T + scale * ((drop(x) a^T) * s) b^T) + bias.
+
+    Args:
+        x: input, [..., in].
+        weight: frozen weight, [out, in], any strides, or packed; None returns the update alone.
+        a: down factor, [r, in], in any floating dtype; cast to the dtype of the product, gradient in its own.
+        b: up factor, [out, r], likewise.
+        s: middle diagonal, [r], likewise; None means all ones.
+        bias: frozen bias, [out]; needs `weight`.
+        out_scale: factor of each output, [out], in any floating dtype; None means all ones.
+        scale: scalar factor of the update.
+        dropout: share of the entries of `x` that the update does not see.
+        seed: of the dropout, an int64 scalar on the device of `x`; None draws one from torch's generator.
 
     Returns:
         [..., out], in the dtype of `x`, or in autocast's where it is on.
 
     Raises:
-        ValueError: the shapes do not chain, or a bias without a weight.
+        ValueError: the shapes do not chain, a bias without a weight, or a dropout outside [0, 1).
     """
-    _check(x, weight, a, b, s, bias)
+    layer = LowRankLayer(weight, a, b, s, bias, out_scale, scale)
+    return grouped_low_rank_linear(x, (layer,), dropout, None if seed is None else (seed,))[0]
+
+
+def grouped_low_rank_linear_ref(
+    x: Tensor, layers: Sequence[LowRankLayer], dropout: float = 0.0, seeds: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Say in plain torch what `grouped_low_rank_linear` computes: each layer on its own."""
+    return [
+        low_rank_linear_ref(x, *layer, dropout=dropout, seed=seed)
+        for layer, seed in zip(layers, _spread(seeds, len(layers)), strict=True)
+    ]
+
+
+def grouped_low_rank_linear(
+    x: Tensor, layers: Sequence[LowRankLayer], dropout: float = 0.0, seeds: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Return what `low_rank_linear` returns for each layer, reading `x` and writing its gradient once.
+
+    Args:
+        x: input of all layers, [..., in].
+        layers: at least one; ranks and outputs may differ; all with a weight, or all without.
+        dropout: share of the entries of `x` that the updates do not see.
+        seeds: one int64 scalar for each layer, or a single one if all are to drop the same entries, which saves
+            drawing and reading; None draws one for each from torch's generator, as layers on their own do.
+
+    Returns:
+        [..., out] of each layer.
+
+    Raises:
+        ValueError: as for `low_rank_linear`.
+    """
+    for layer in layers:
+        _check(x, *layer)
     x = x.to(compute_dtype(x))
-    trains_base = weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if not threshold(dropout):
+        seeds = None
+    elif seeds is None:
+        seeds = [draw_seed(x.device) for _ in layers]
+    trains_base = any(
+        part is not None and part.requires_grad for layer in layers for part in (layer.weight, layer.bias)
+    )
     if trains_base or backend() == "eager":
-        return low_rank_linear_ref(x, weight, a, b, s, bias, scale)
-    y = _low_rank_linear(x.reshape(-1, x.shape[-1]), weight, a, b, s, bias, scale)
-    return y.view(*x.shape[:-1], b.shape[0])
+        return grouped_low_rank_linear_ref(x, layers, dropout, seeds)
+    rows = x.reshape(-1, x.shape[-1])
+    nothing = x.new_empty(0)  # stands for what a layer does not have: an op's list holds tensors alone
+    columns = [[nothing if part is None else part for part in column] for column in zip(*layers, strict=True)]
+    # what the op returns for its backward alone is decided here, where a graph can see it
+    keep = torch.is_grad_enabled() and any(one.requires_grad for one in columns[5])
+    ys = _low_rank_linear(rows, *columns, dropout, list(seeds or ()), keep)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
-def _check(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, s: Tensor | None, bias: Tensor | None) -> None:
+def _spread(seeds: Sequence[Tensor] | None, count: int) -> Sequence[Tensor | None]:
+    """Return one seed for each layer."""
+    if not seeds:
+        return [None] * count
+    return list(seeds) * count if len(seeds) == 1 else seeds
+
+
+def _check(
+    x: Tensor,
+    weight: Weight | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    scale: float,
+) -> None:
     shapes = f"x {list(x.shape)}, a {list(a.shape)}, b {list(b.shape)}"
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[1] != x.shape[-1]:
         raise ValueError(f"low_rank_linear: {shapes} do not chain; want x [..., in], a [r, in], b [out, r]")
@@ -85,6 +193,20 @@ def _check(x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, s: Tensor | N
         raise ValueError(f"low_rank_linear: s {list(s.shape)} is not [r] of {shapes}")
     if bias is not None and (weight is None or bias.shape != (b.shape[0],)):
         raise ValueError(f"low_rank_linear: bias {list(bias.shape)} needs a weight and the shape [out] of {shapes}")
+    if out_scale is not None and out_scale.shape != (b.shape[0],):
+        raise ValueError(f"low_rank_linear: out_scale {list(out_scale.shape)} is not [out] of {shapes}")
+
+
+def _given(tensor: Tensor) -> Tensor | None:
+    """Return what a layer has, or None where `nothing` stands for it."""
+    return tensor if tensor.numel() or tensor.dim() > 1 else None
+
+
+def _dense(weight: Weight, x: Tensor) -> Tensor | None:
+    """Return W [out, in] in the dtype of `x`, or None."""
+    if not isinstance(weight, PackedWeight) and _given(weight) is None:
+        return None
+    return dense(weight, x.dtype)
 
 
 def _scaled(h: Tensor, s: Tensor | None, scale: float) -> Tensor:
@@ -94,114 +216,219 @@ def _scaled(h: Tensor, s: Tensor | None, scale: float) -> Tensor:
     return h if scale == 1.0 else h * scale
 
 
+def _slices(b: list[Tensor]) -> list[slice]:
+    """Return where each layer's ranks are among those of all."""
+    ends = [0]
+    for one in b:
+        ends.append(ends[-1] + one.shape[1])
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def _down(a: list[Tensor], x: Tensor) -> Tensor:
+    """Return the down factors of all layers, [sum of r, in]; those of several in the dtype of `x`."""
+    return a[0] if len(a) == 1 else torch.cat([one.to(x.dtype) for one in a])
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
 def _forward(
     x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    s: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return y [m, out] and h = x a^T [m, r]."""
-    h = x @ a.to(x.dtype).t()
-    u, b_t = _scaled(h, s, scale), b.to(x.dtype).t()
-    y = u @ b_t if bias is None else torch.addmm(bias.to(x.dtype), u, b_t)
-    if weight is not None:
-        y.addmm_(x, weight.to(x.dtype).t())
-    return y, h
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    bias: list[Tensor],
+    out_scale: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    keep: bool,
+) -> list[Tensor]:
+    """Return every y [m, out], h of all layers [m, sum of r], and with `keep` every v [m, out], or [0] without c."""
+    if len(seeds) > 1:
+        h = _joined([shrink(x, one, dropout, seed) for one, seed in zip(a, seeds, strict=True)], 1)
+    else:
+        h = shrink(x, _down(a, x), dropout, *seeds)
+    ys, vs = [], []
+    for i, ranks in enumerate(_slices(b)):
+        u = _scaled(h[:, ranks], _given(s[i]), scale[i])
+        y, v = frozen_product(x, _dense(weights[i], x), u, b[i], _given(bias[i]), _given(out_scale[i]), keep)
+        ys.append(y)
+        vs.append(x.new_empty(0) if v is None else v)
+    return [*ys, h, *(vs if keep else [])]
 
 
 def _forward_fake(
     x: Tensor,
-    weight: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    s: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    bias: list[Tensor],
+    out_scale: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    keep: bool,
+) -> list[Tensor]:
+    ys = [x.new_empty(x.shape[0], one.shape[0]) for one in b]
+    vs = [x.new_empty(0) if _given(c) is None else torch.empty_like(y) for y, c in zip(ys, out_scale, strict=True)]
+    return [*ys, x.new_empty(x.shape[0], sum(one.shape[0] for one in a)), *(vs if keep else [])]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, a, b, s, _, ctx.scale = inputs
-    need_x, _, need_a, need_b, need_s = ctx.needs_input_grad[:5]
-    ctx.save_for_backward(
-        x if need_a else None,
-        weight if need_x else None,
-        a if need_x else None,
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], needed: Sequence[Any]) -> None:
+    x, weights, a, b, s, _, out_scale, ctx.scale, ctx.dropout, seeds, _ = inputs
+    n = len(a)
+    ctx.need_x, ctx.need_a, ctx.need_b, ctx.need_s, ctx.need_c = needed[0], *needed[2:5], needed[6]
+    need_h = any(ctx.need_b) or any(ctx.need_s)
+    ctx.packed = [one if isinstance(one, PackedWeight) else None for one in weights if ctx.need_x]
+    frozen = [stored(one) for one in weights]
+    kept = (
+        [x if any(ctx.need_a) else None, output[n] if need_h else None],
+        frozen if ctx.need_x else [],
+        a if ctx.need_x else [],
         b,
         s,
-        output[1] if need_b or need_s else None,
+        out_scale,
+        output[n + 1 :],
+        seeds,
     )
+    ctx.lengths = [len(tensors) for tensors in kept]
+    ctx.save_for_backward(*(tensor for tensors in kept for tensor in tensors))
+
+
+def _gradients(ctx: Any, dys: list[Tensor | None], backward: Any) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    (x, h), frozen, a, b, s, out_scale, v, seeds = ([next(saved) for _ in range(n)] for n in ctx.lengths)
+    weights = [restored(tensor, packed) for tensor, packed in zip(frozen, ctx.packed, strict=True)]
+    flags = ctx.need_a, ctx.need_b, ctx.need_s, ctx.need_c
+    found = iter(backward(dys, x, weights, a, b, s, out_scale, h, v, ctx.scale, ctx.dropout, seeds, *flags))
+    dx = next(found) if ctx.need_x else None
+    none = [None] * len(b)
+    da, db, ds, dc = ([next(found) if one else None for one in flag] for flag in flags)
+    return dx, none, da, db, ds, none, dc, None, None, [None] * len(seeds), None
 
 
 def _backward(
-    dy: Tensor,
+    dys: list[Tensor | None],
     x: Tensor | None,
-    weight: Tensor | None,
-    a: Tensor | None,
-    b: Tensor,
-    s: Tensor | None,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    out_scale: list[Tensor],
     h: Tensor | None,
-    scale: float,
-    need_b: bool,
-    need_s: bool,
+    v: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    need_a: list[bool],
+    need_b: list[bool],
+    need_s: list[bool],
+    need_c: list[bool],
 ) -> list[Tensor]:
-    """Return the needed ones of dx [m, in], da [r, in], db [out, r], ds [r]."""
+    """Return the needed ones of dx [m, in], every da [r, in], every db [out, r], every ds [r], every dc [out]."""
+    given = next(dy for dy in dys if dy is not None)
+    gs, dhs, dbs, dss, dcs = [], [], [], [], []
+    for i, ranks in enumerate(_slices(b)):
+        dy = dys[i]
+        if dy is None:  # this output was not used
+            dy = given.new_zeros(given.shape[0], b[i].shape[0])
+        if need_c[i]:
+            wide = torch.promote_types(torch.float32, dy.dtype)
+            dcs.append((dy.to(wide) * v[i]).sum(0))
+        c, factor = _given(out_scale[i]), _given(s[i])
+        g = dy if c is None else torch.mul(dy, c, out=torch.empty_like(dy))
+        own = None if h is None else h[:, ranks]
+        t, db = up_grads(g, b[i], _scaled(own, factor, scale[i]) if need_b[i] and own is not None else None)
+        if db is not None:
+            dbs.append(db)
+        if need_s[i] and own is not None:
+            wide = torch.promote_types(torch.float32, t.dtype)
+            dss.append(scale[i] * (own.to(wide) * t.to(wide)).sum(0))
+        gs.append(g)
+        dhs.append(_scaled(t, factor, scale[i]))
     needed = []
-    t = dy @ b.to(dy.dtype)  # gradient of u, [m, r]
-    dh = _scaled(t, s, scale)
-    if a is not None:
-        dx = dh @ a.to(dy.dtype)
-        needed.append(dx if weight is None else dx.addmm_(dy, weight.to(dy.dtype)))
+    if a:
+        needed.append(_input_gradient(gs, dhs, weights, a, dropout, seeds))
     if x is not None:
-        needed.append(mm_float32(dh.t(), x))
-    if need_b and h is not None:
-        needed.append(mm_float32(dy.t(), _scaled(h, s, scale)))
-    if need_s and h is not None:
-        wide = torch.promote_types(torch.float32, h.dtype)
-        needed.append(scale * (h.to(wide) * t.to(wide)).sum(0))
-    return needed
+        needed += [da for da, need in zip(_down_grads(dhs, x, dropout, seeds), need_a, strict=True) if need]
+    return [*needed, *dbs, *dss, *dcs]
+
+
+def _input_gradient(
+    gs: list[Tensor],
+    dhs: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    dropout: float,
+    seeds: list[Tensor],
+) -> Tensor:
+    """Return dx [m, in]: the low-rank terms as one, then every frozen product accumulated on top."""
+    if len(gs) == 1 and not seeds:
+        weight = _dense(weights[0], gs[0])
+        return frozen_product(gs[0], None if weight is None else weight.t(), dhs[0], a[0].t())[0]
+    if len(seeds) > 1:
+        dx = expand(dhs[0], a[0].t(), None, dropout, seeds[0])
+        for dh, one, seed in zip(dhs[1:], a[1:], seeds[1:], strict=True):
+            dx += expand(dh, one.t(), None, dropout, seed)
+    else:
+        dx = expand(_joined(dhs, 1), _down(a, gs[0]).t(), None, dropout, *seeds)
+    for g, packed in zip(gs, weights, strict=True):
+        if (weight := _dense(packed, g)) is not None:
+            dx.addmm_(g, weight)
+    return dx
+
+
+def _down_grads(dhs: list[Tensor], x: Tensor, dropout: float, seeds: list[Tensor]) -> Sequence[Tensor]:
+    """Return da of every layer, [r, in]."""
+    if len(seeds) > 1:
+        return [down_grad(dh, x, dropout, seed) for dh, seed in zip(dhs, seeds, strict=True)]
+    da = down_grad(_joined(dhs, 1), x, dropout, *seeds)
+    return [da] if len(dhs) == 1 else [part.clone() for part in da.split([dh.shape[1] for dh in dhs])]
 
 
 def _backward_fake(
-    dy: Tensor,
+    dys: list[Tensor | None],
     x: Tensor | None,
-    weight: Tensor | None,
-    a: Tensor | None,
-    b: Tensor,
-    s: Tensor | None,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    out_scale: list[Tensor],
     h: Tensor | None,
-    scale: float,
-    need_b: bool,
-    need_s: bool,
+    v: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    need_a: list[bool],
+    need_b: list[bool],
+    need_s: list[bool],
+    need_c: list[bool],
 ) -> list[Tensor]:
+    dy = next(dy for dy in dys if dy is not None)
     wide = torch.promote_types(torch.float32, dy.dtype)
     needed = []
-    if a is not None:
-        needed.append(dy.new_empty(dy.shape[0], a.shape[1]))
+    if a:
+        needed.append(dy.new_empty(dy.shape[0], a[0].shape[1]))
     if x is not None:
-        needed.append(dy.new_empty(b.shape[1], x.shape[1], dtype=wide))
-    if need_b:
-        needed.append(dy.new_empty(b.shape, dtype=wide))
-    if need_s:
-        needed.append(dy.new_empty(b.shape[1], dtype=wide))
+        shapes = [(one.shape[1], x.shape[1]) for one, need in zip(b, need_a, strict=True) if need]
+        needed += [dy.new_empty(shape, dtype=wide) for shape in shapes]
+    needed += [dy.new_empty(one.shape, dtype=wide) for one, need in zip(b, need_b, strict=True) if need]
+    needed += [dy.new_empty(one.shape[1], dtype=wide) for one, need in zip(b, need_s, strict=True) if need]
+    needed += [dy.new_empty(one.shape[0], dtype=wide) for one, need in zip(b, need_c, strict=True) if need]
     return needed
 
 
-def _gradients(ctx: Any, dy: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    x, weight, a, b, s, h = ctx.saved_tensors
-    need_x, _, need_a, need_b, need_s = ctx.needs_input_grad[:5]
-    found = iter(backward(dy, x, weight, a, b, s, h, ctx.scale, need_b, need_s))
-    dx = next(found) if need_x else None
-    da = next(found) if need_a else None
-    db = next(found) if need_b else None
-    ds = next(found) if need_s else None
-    return dx, None, da, db, ds, None, None
-
-
 _low_rank_linear = differentiable(
-    "low_rank_linear", _forward, _forward_fake, _setup_context, _backward, _backward_fake, _gradients
+    "low_rank_linear",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _backward,
+    _backward_fake,
+    _gradients,
+    outputs=lambda _, __, a, *___: len(a),
 )

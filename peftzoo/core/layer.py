@@ -9,7 +9,6 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftzoo.core.adapter import LinearAdapter, fill_unloaded, unloaded_tensors
 from peftzoo.core.base_layer import layer_kind, plain_weight
@@ -115,17 +114,17 @@ class ZooLinear(InPlace):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         adapters = [] if self._disable_adapters or self.merged_adapters else self.active()
-        alone = len(adapters) == 1 and not args and not kwargs and not self._drops(adapters[0])
+        alone = len(adapters) == 1 and not args and not kwargs
         weight = plain_weight(self.base_layer, self.kind, x.dtype) if alone else None
         if weight is not None and (held := self.in_place_factors(adapters[0])) is not None:
             return self.in_place_linear(x, held)
         self.release()
         if weight is not None and (factors := adapters[0].factors()) is not None:
-            return factors.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
+            bias = cast("Tensor | None", self.base_layer.bias)
+            return factors.linear(x, weight, bias, self._dropout(adapters[0]))
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            kept = F.dropout(x, adapter.config.dropout) if self._drops(adapter) else x
-            y = y + self.kind.update(self.base_layer, adapter, kept).to(y.dtype)
+            y = y + self.kind.update(self.base_layer, adapter, x, self._dropout(adapter)).to(y.dtype)
         return y
 
     def active(self) -> list[LinearAdapter]:
@@ -209,8 +208,8 @@ class ZooLinear(InPlace):
         self._unloaded.discard(adapter_name)
         self._uncalibrated.discard(adapter_name)
 
-    def _drops(self, adapter: LinearAdapter) -> bool:
-        return self.training and adapter.config.dropout > 0
+    def _dropout(self, adapter: LinearAdapter) -> float:
+        return adapter.config.dropout if self.training else 0.0
 
     def _require_ready(self, names: list[str]) -> None:
         for name in self._uncalibrated.intersection(names):

@@ -15,6 +15,7 @@ once per optimizer step and in float32, also under autocast. A row of W that is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,14 @@ from peftzoo.low_rank.eva import eva_start
 
 @dataclass
 class DoraConfig(LowRankConfig):
-    """Settings of DoRA: those of the family."""
+    """Settings of DoRA: those of the family, and what dropout acts on.
+
+    Attributes:
+        dropout_mode: "lora", the input of B A alone, as in LoRA; or "peft", that of the whole scaled product, which
+            takes the frozen product twice.
+    """
+
+    dropout_mode: Literal["lora", "peft"] = "lora"
 
 
 @register(
@@ -63,7 +71,7 @@ class Dora(LowRank):
         """Return A [r, in], B [out, r] and m / |W + D| [out]."""
         update = super().factors()
         norm = self._norm.get(lambda: row_norms(self.frozen_weight(), update), self.a, self.b)
-        return update._replace(out_scale=self.m / norm)
+        return update._replace(out_scale=self.m / norm, drops_all=self.config.dropout_mode == "peft")
 
 
 def row_norms(weight: Tensor, update: Factors) -> Tensor:
