@@ -297,7 +297,7 @@ def test_dora_norm_makes_neither_an_identity_nor_the_sum():
     adapter = shake(layer).adapter("default")
     update = adapter.factors()._replace(out_scale=None)
     with Sizes() as sizes:
-        norm = dora.row_norms(weight, update)
+        norm = dora.row_norms(weight, update.a, update.b, update.scale)
     assert sizes.found
     assert max(numel for _, numel in sizes.found) <= 128 * 3, sizes.found
     assert_close(norm, (weight + update.scale * update.b @ update.a).norm(dim=1))

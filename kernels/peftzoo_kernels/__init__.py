@@ -25,6 +25,7 @@ from peftzoo_kernels.randlora_linear import (
     randlora_linear,
     randlora_linear_ref,
 )
+from peftzoo_kernels.row_norms import row_norms, row_norms_ref
 
 __all__ = [
     "BACKENDS",
@@ -56,4 +57,6 @@ __all__ = [
     "randlora_delta",
     "randlora_linear",
     "randlora_linear_ref",
+    "row_norms",
+    "row_norms_ref",
 ]
