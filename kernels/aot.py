@@ -45,18 +45,19 @@ RANKS = (16, 64, 256)
 
 
 class Target(NamedTuple):
-    """A GPU, and what one program may take of it."""
+    """A GPU, what one program may take of it, and the instruction of its matrix units."""
 
     gpu: GPUTarget
     shared: int  # bytes
     registers: int  # a thread
+    matrix: str
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, 255),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, 255),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, 255),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, 512),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, 255, "mma.sync"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, 255, "wgmma"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, 255, "tcgen05.mma"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, 512, "v_mfma"),
 }
 # a program's stack on sm_100 holds a few bytes that are no spill of a loop
 SPILLED_AT_MOST = {"sm_100": 16}
@@ -80,7 +81,8 @@ def cases(target: str) -> dict[str, Callable[[], Any]]:
             Sizes("expand", M, 0, K, r, x.dtype, True): partial(expand, u, a.t(), None, 0.05, seed),
             Sizes("down_grad", M, K, 0, r, x.dtype): partial(down_grad, u, x),
             Sizes("down_grad", M, K, 0, r, x.dtype, True): partial(down_grad, u, x, 0.05, seed),
-            Sizes("up_grads", M, 0, N, r, x.dtype): partial(up_grads, g, b, u),
+            Sizes("up_grads", M, 0, N, r, x.dtype): partial(up_grads, g, b, u, row, g),
+            Sizes("up_grads", M, 0, K, r, x.dtype): partial(up_grads, x, a.t(), u),
             Sizes("frozen_product", M, K, N, r, x.dtype): partial(frozen_product, x, w, u, b, row, row, True),
             Sizes("frozen_product", M, N, K, r, x.dtype): partial(frozen_product, g, w.t(), u, a.t()),
             Sizes("row_norms", N, K, 0, r, x.dtype): partial(row_norms, w, a, b, 0.5),
@@ -93,8 +95,8 @@ def cases(target: str) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def build(case: str, target: str) -> dict[str, int]:
-    """Compile what a case launches for a target and return what it takes."""
+def build(case: str, target: str) -> dict[str, Any]:
+    """Compile what a case launches for a target and return what it takes, and its fastest matrix instruction."""
     _triton.launches = []
     cases(target)[case]()
     ((kernel, _, args, meta),) = _triton.launches
@@ -103,10 +105,12 @@ def build(case: str, target: str) -> dict[str, int]:
     source = ASTSource(kernel, types, constants, attributes)
     gpu = TARGETS[target].gpu
     compiled = compile_kernel(source, gpu, {key: meta[key] for key in ("num_warps", "num_stages")})
-    found = {"shared": compiled.metadata.shared}
+    text = compiled.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
+    matrix = next((one for one in ("tcgen05.mma", "wgmma", "mma.sync", "v_mfma") if one in text), None)
+    found = {"shared": compiled.metadata.shared, "matrix": matrix}
     if gpu.backend == "cuda":
         return found | cubin_takes(compiled.asm["cubin"])
-    counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+    counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
     return found | {"registers": int(counts["vgpr_count"]), "spilled": 4 * int(counts["vgpr_spill_count"])}
 
 
@@ -141,14 +145,17 @@ def cubin_takes(cubin: bytes) -> dict[str, int]:
     return {"registers": int(numbers["REG"]), "spilled": int(numbers["STACK"]) + int(numbers["LOCAL"])}
 
 
-def over(target: str, takes: dict[str, int]) -> list[str]:
+def misfits(case: str, target: str, takes: dict[str, Any]) -> list[str]:
     """Return what does not fit the target."""
     limits = TARGETS[target]
     bounds = {"shared": limits.shared, "registers": limits.registers, "spilled": SPILLED_AT_MOST.get(target, 0)}
-    return [f"{takes[name]} {name} > {bound}" for name, bound in bounds.items() if takes[name] > bound]
+    found = [f"{takes[name]} {name} > {bound}" for name, bound in bounds.items() if takes[name] > bound]
+    if case.startswith("frozen_product") and takes["matrix"] != limits.matrix:
+        found.append(f"{takes['matrix']} is not {limits.matrix}")
+    return found
 
 
-def _build(job: tuple[str, str]) -> dict[str, int]:
+def _build(job: tuple[str, str]) -> dict[str, Any]:
     return build(*job)
 
 
@@ -159,14 +166,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has this text")
     options = parser.parse_args()
     jobs = [(case, target) for target in TARGETS for case in cases(target) if options.only in case]
-    table: dict[str, dict[str, dict[str, int]]] = {}
+    table: dict[str, dict[str, dict[str, Any]]] = {}
     problems = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for (case, target), takes in zip(jobs, pool.map(_build, jobs), strict=True):
             table.setdefault(case, {})[target] = takes
-            misfits = over(target, takes)
-            print(f"{target:7} {takes}  {case}{'  DOES NOT FIT' if misfits else ''}", flush=True)
-            problems += [f"{case} on {target}: {misfit}" for misfit in misfits]
+            problems += [f"{case} on {target}: {misfit}" for misfit in misfits(case, target, takes)]
+            print(f"{target:7} {takes}  {case}", flush=True)
     version = triton.__version__
     if options.write and not problems:
         TABLE.write_text(json.dumps({"triton": version, "cases": table}, indent=1) + "\n")

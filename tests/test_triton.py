@@ -55,6 +55,7 @@ def tensors(shape, dtype):
         "b": draw(n, r).to(dtype),
         "u": draw(m, r).to(dtype),
         "g": draw(m, n).to(dtype),
+        "y": draw(m, n).to(dtype),
         "bias": draw(n).float(),
         "c": (1 + 0.1 * draw(n)).float(),
     }
@@ -86,8 +87,14 @@ def test_products_equal_the_librarys(shape, dtype, p, tiles, launched):
 def test_frozen_products_equal_the_librarys(shape, dtype, tiles, launched):
     t = tensors(shape, dtype)
     d = {name: value.double() for name, value in t.items()}
-    for got, want in zip(up_grads(t["g"], t["b"], t["u"], tiles=tiles), up_grads(d["g"], d["b"], d["u"]), strict=True):
-        near(got, want, dtype)
+    for u, (c, v) in itertools.product((None, "u"), ((None, None), ("c", None), ("c", "y"))):
+        if u or c:
+            given = [[one[name] if name else None for name in (u, c, v)] for one in (t, d)]
+            got, want = up_grads(t["g"], t["b"], *given[0], tiles=tiles), up_grads(d["g"], d["b"], *given[1])
+            for name, value in got._asdict().items():
+                assert (value is None) == (getattr(want, name) is None), name
+                if value is not None:
+                    near(value, getattr(want, name), dtype)
     near(expand(t["u"], t["b"], t["bias"], tiles=tiles), expand(d["u"], d["b"], d["bias"]), dtype)
     for bias, c in itertools.product((None, "bias"), (None, "c")):
         optional = [(one[bias] if bias else None, one[c] if c else None) for one in (t, d)]
@@ -132,7 +139,7 @@ def test_kernels_drop_what_torch_drops():
 def test_sums_of_parts_are_the_same_bits_every_time():
     t = tensors((200, 96, 64, 8), torch.float32)
     one, other = (
-        [*up_grads(t["g"], t["b"], t["u"], tiles=Tiles(16, 16, 16, split=4)),
+        [*up_grads(t["g"], t["b"], t["u"], t["c"], t["y"], tiles=Tiles(16, 16, 16, split=4)),
          down_grad(t["u"], t["x"], tiles=Tiles(16, 16, 16, split=4))]
         for _ in range(2)
     )  # fmt: skip
@@ -272,7 +279,7 @@ def test_every_shipped_configuration_is_right(product, drops, launched):
         "shrink": lambda t, how: shrink(t["x"], t["a"], p, seed, tiles=how),
         "expand": lambda t, how: expand(t["u"], t["b"], None, p, seed, tiles=how),
         "down_grad": lambda t, how: down_grad(t["u"], t["x"], p, seed, tiles=how),
-        "up_grads": lambda t, how: up_grads(t["g"], t["b"], t["u"], tiles=how)[0],
+        "up_grads": lambda t, how: up_grads(t["g"], t["b"], t["u"], tiles=how).db,
         "frozen_product": lambda t, how: frozen_product(t["x"], t["w"], t["u"], t["b"], tiles=how)[0],
         "row_norms": lambda t, how: row_norms(t["w"], t["a"], t["b"], tiles=how),
     }

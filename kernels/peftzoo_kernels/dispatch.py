@@ -89,6 +89,8 @@ def choose(tiles: Choice, x: Tensor, sizes: Sizes) -> Tiles | None:
     """
     if tiles != "auto":
         return tiles
+    if torch.compiler.is_compiling():  # outside of the registered ops, whose insides no graph sees
+        return None
     chosen = backend()
     if chosen == "triton" and not can_run(x):
         raise ValueError(

@@ -336,15 +336,11 @@ def _backward(
         dy = dys[i]
         if dy is None:  # this output was not used
             dy = given.new_zeros(given.shape[0], b[i].shape[0])
-        if need_c[i]:
-            wide = torch.promote_types(torch.float32, dy.dtype)
-            dcs.append((dy.to(wide) * v[i]).sum(0))
-        c, factor = _given(out_scale[i]), _given(s[i])
-        g = dy if c is None else torch.mul(dy, c, out=torch.empty_like(dy))
-        own = None if h is None else h[:, ranks]
-        t, db = up_grads(g, b[i], _scaled(own, factor, scale[i]) if need_b[i] and own is not None else None)
-        if db is not None:
-            dbs.append(db)
+        factor, own = _given(s[i]), None if h is None else h[:, ranks]
+        u = _scaled(own, factor, scale[i]) if need_b[i] and own is not None else None
+        g, t, db, dc = up_grads(dy, b[i], u, _given(out_scale[i]), v[i] if need_c[i] else None)
+        dbs += [] if db is None else [db]
+        dcs += [] if dc is None else [dc]
         if need_s[i] and own is not None:
             wide = torch.promote_types(torch.float32, t.dtype)
             dss.append(scale[i] * (own.to(wide) * t.to(wide)).sum(0))

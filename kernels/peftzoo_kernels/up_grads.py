@@ -1,11 +1,13 @@
-"""What the gradient of the output gives the up factor and the rank: t = g b and db = g^T u.
+"""What the gradient of the output gives: g = c * dy, t = g b, db = g^T u, dc = colsum(dy * v).
 
-The kernel reads g once for both. Each is a sum over programs, whose parts are added in a fixed order: no atomics, the
-same bits every time.
+The kernel reads dy (and v) once for all of them. Each sum over programs is one of parts in a fixed order: no atomics,
+the same bits every time.
 """
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,58 +17,113 @@ from peftzoo_kernels._triton import block, jit, launch, precision, tl
 from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
 
 
-def up_grads(g: Tensor, b: Tensor, u: Tensor | None, *, tiles: Choice = "auto") -> tuple[Tensor, Tensor | None]:
-    """Return t = g b, [m, r] in the dtype of `g`, and db = g^T u, [n, r] in at least float32, or None without u.
+class UpGrads(NamedTuple):
+    """Gradients behind the output.
+
+    Attributes:
+        g: c * dy, [m, n], in the dtype of dy; dy itself without a c.
+        t: g b, [m, r], in the dtype of dy.
+        db: g^T u, [n, r], in at least float32; None without u.
+        dc: colsum(dy * v), [n], in at least float32; None without v.
+    """
+
+    g: Tensor
+    t: Tensor
+    db: Tensor | None
+    dc: Tensor | None
+
+
+def up_grads(
+    dy: Tensor,
+    b: Tensor,
+    u: Tensor | None = None,
+    c: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    tiles: Choice = "auto",
+) -> UpGrads:
+    """Return g, t, and what of db and dc is wanted.
 
     Args:
-        g: [m, n].
-        b: [n, r], in any floating dtype; rounded to that of `g`.
-        u: [m, r], in the dtype of `g`, or None.
+        dy: [m, n].
+        b: [n, r], in any floating dtype; rounded to that of `dy`.
+        u: [m, r], in the dtype of `dy`; None if db is not wanted.
+        c: [n], in any floating dtype; None means all ones.
+        v: [m, n], in the dtype of `dy`; None if dc is not wanted.
         tiles: of the kernel: m rows and n columns at a time, split programs for a column.
     """
-    (m, n), r = g.shape, b.shape[1]
-    # for t alone the library's product is one read of g as well
-    cut = None if u is None else choose(tiles, g, Sizes("up_grads", m, 0, n, r, g.dtype))
-    if cut is None or u is None:
-        return g @ b.to(g.dtype), None if u is None else mm_float32(g.t(), u)
-    return _launch(g, b, u, cut)
+    (m, n), r = dy.shape, b.shape[1]
+    # for t alone the library's product reads dy once as well
+    alone = u is None and c is None
+    cut = None if alone else choose(tiles, dy, Sizes("up_grads", m, 0, n, r, dy.dtype))
+    if cut is not None:
+        return _launch(dy, b, u, c, v, cut)
+    g = dy if c is None else torch.mul(dy, c, out=torch.empty_like(dy))  # in float32, rounded once
+    db = None if u is None else mm_float32(g.t(), u)
+    wide = torch.promote_types(torch.float32, dy.dtype)
+    return UpGrads(g, g @ b.to(g.dtype), db, None if v is None else (dy.to(wide) * v).sum(0))
 
 
-def _launch(g: Tensor, b: Tensor, u: Tensor, cut: Tiles) -> tuple[Tensor, Tensor]:
-    (m, n), r = g.shape, b.shape[1]
+def _launch(dy: Tensor, b: Tensor, u: Tensor | None, c: Tensor | None, v: Tensor | None, cut: Tiles) -> UpGrads:
+    (m, n), r = dy.shape, b.shape[1]
     chunks = -(-n // cut.n)
-    t, db = g.new_empty(chunks, m, r, dtype=torch.float32), g.new_empty(cut.split, n, r, dtype=torch.float32)
+    g = dy if c is None else torch.empty_like(dy)
+    t = dy.new_empty(chunks, m, r, dtype=torch.float32)
+    db = None if u is None else dy.new_empty(cut.split, n, r, dtype=torch.float32)
+    dc = None if v is None else dy.new_empty(cut.split, n, dtype=torch.float32)
+    given = [t if one is None else one for one in (u, c, v, db, dc)]  # a kernel wants something for each
+    strides = (*dy.stride(), *b.stride(), *(u.stride() if u is not None else (0, 0)))
     launch(
-        _up_grads, (chunks, cut.split), g, b, u, t, db, m, n, r, *g.stride(), *b.stride(), *u.stride(),
-        BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_R=block(r), SPLIT=cut.split, PRECISION=precision(g.dtype),
+        _up_grads, (chunks, cut.split), dy, b, *given[:3], g, t, *given[3:], m, n, r, *strides,
+        HAS_U=u is not None, HAS_C=c is not None, HAS_V=v is not None,
+        BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_R=block(r), SPLIT=cut.split, PRECISION=precision(dy.dtype),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-    return t.sum(0).to(g.dtype), db[0] if cut.split == 1 else db.sum(0)
+    parts = [None if part is None else part[0] if cut.split == 1 else part.sum(0) for part in (db, dc)]
+    return UpGrads(g, t.sum(0).to(dy.dtype), parts[0], parts[1])
 
 
 @jit
 def _up_grads(
-    g_ptr, b_ptr, u_ptr, t_ptr, db_ptr, m, n, r, g_row, g_column, b_row, b_column, u_row, u_column,
+    dy_ptr, b_ptr, u_ptr, c_ptr, v_ptr, g_ptr, t_ptr, db_ptr, dc_ptr,
+    m, n, r, dy_row, dy_column, b_row, b_column, u_row, u_column,
+    HAS_U: tl.constexpr, HAS_C: tl.constexpr, HAS_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N columns of g over one of SPLIT shares of the rows; db stays in registers meanwhile."""
+    """One program: BLOCK_N columns of dy over one of SPLIT shares of the rows; db and dc stay in registers meanwhile.
+
+    v and g are contiguous.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     b_at = b_ptr + columns[:, None] * b_row + ranks[None, :] * b_column
-    b = tl.load(b_at, mask=(columns[:, None] < n) & (ranks[None, :] < r), other=0.0).to(g_ptr.dtype.element_ty)
+    b = tl.load(b_at, mask=(columns[:, None] < n) & (ranks[None, :] < r), other=0.0).to(dy_ptr.dtype.element_ty)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    dc = tl.zeros((BLOCK_N,), tl.float32)
+    if HAS_C:
+        c = tl.load(c_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
     for start in range(part * BLOCK_M, m, SPLIT * BLOCK_M):
         rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
-        g_at = g_ptr + rows[:, None] * g_row + columns[None, :] * g_column
-        g = tl.load(g_at, mask=(rows[:, None] < m) & (columns[None, :] < n), other=0.0)
-        u_at = u_ptr + rows[:, None] * u_row + ranks[None, :] * u_column
-        u = tl.load(u_at, mask=(rows[:, None] < m) & (ranks[None, :] < r), other=0.0)
+        inside = (rows[:, None] < m) & (columns[None, :] < n)
+        g = tl.load(dy_ptr + rows[:, None] * dy_row + columns[None, :] * dy_column, mask=inside, other=0.0)
+        if HAS_V:
+            v = tl.load(v_ptr + rows[:, None] * n + columns[None, :], mask=inside, other=0.0)
+            dc += tl.sum(g.to(tl.float32) * v.to(tl.float32), 0)
+        if HAS_C:
+            g = (g.to(tl.float32) * c[None, :]).to(dy_ptr.dtype.element_ty)
+            tl.store(g_ptr + rows[:, None] * n + columns[None, :], g, mask=inside)
         t = tl.dot(g, b, input_precision=PRECISION)
         t_at = t_ptr + (chunk * m + rows[:, None]) * r + ranks[None, :]
         tl.store(t_at, t, mask=(rows[:, None] < m) & (ranks[None, :] < r))
-        db = tl.dot(tl.trans(g), u, db, input_precision=PRECISION)
-    db_at = db_ptr + (part * n + columns[:, None]) * r + ranks[None, :]
-    tl.store(db_at, db, mask=(columns[:, None] < n) & (ranks[None, :] < r))
+        if HAS_U:
+            u_at = u_ptr + rows[:, None] * u_row + ranks[None, :] * u_column
+            u = tl.load(u_at, mask=(rows[:, None] < m) & (ranks[None, :] < r), other=0.0)
+            db = tl.dot(tl.trans(g), u, db, input_precision=PRECISION)
+    if HAS_U:
+        db_at = db_ptr + (part * n + columns[:, None]) * r + ranks[None, :]
+        tl.store(db_at, db, mask=(columns[:, None] < n) & (ranks[None, :] < r))
+    if HAS_V:
+        tl.store(dc_ptr + part * n + columns, dc, mask=columns < n)
