@@ -229,7 +229,7 @@ def kernels(
 ) -> None:
     """Time one adapted layer, forward and backward, against the frozen layer, peft and other tools' formulations.
 
-    Without options: a few shapes on a CPU, in one to three minutes; the full grid on a GPU. Every DoRA run counts as
+    Without options: a few shapes on a CPU, in a few minutes; the full grid on a GPU. Every DoRA run counts as
     an optimizer step, so the norm of the rows, kept within a step, is paid each time.
     """
     settings = bench_kernels.KernelSettings(

@@ -12,7 +12,7 @@ from rich.console import Console
 from test_cli import done, refusal, run  # noqa: F401  (fixtures)
 
 from peftzoo import cli
-from peftzoo.bench import layers, peers, report, timing
+from peftzoo.bench import layers, peers, report, step, timing
 from peftzoo.bench.kernels import KernelSettings, plan, relative_error
 from peftzoo.bench.layers import Case, candidate, names, reference
 from peftzoo.errors import BenchmarkError
@@ -166,6 +166,21 @@ def test_what_a_case_costs():
     ]
     x, y, w, factors = 4 * 24 * 20, 4 * 24 * 28, 4 * 20 * 28, 4 * 3 * (20 + 28)
     assert (one.bytes("forward"), one.bytes("backward")) == (x + y + w + factors, y + w + 2 * x + 2 * factors)
+
+
+def test_models_of_a_step_share_what_is_frozen_and_start_alike():
+    settings = step.StepSettings()
+    base = step.base_model(settings, CPU)
+    work = step.Work("dora", 4, base, [{"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}], False)
+    models = {name: step.prepared(name, work) for name in ("floor", "peft", "zoo")}
+    kept = {value.data_ptr() for value in base.parameters()}
+    for model in models.values():
+        assert {p.data_ptr() for p in model.parameters() if not p.requires_grad} == kept
+    mine, theirs = step.trained(models["zoo"]), step.trained(models["peft"])
+    assert mine.keys() == theirs.keys()
+    assert len(mine) == 3 * 7 * 4  # a, b and m of seven layers in four blocks
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], msg=name)
 
 
 # ---------------------------------------------------------------- timing

@@ -252,11 +252,14 @@ def _peft(name: str, case: Case) -> Candidate:
     for value in trained.values():  # `get_peft_model` would make them float32
         value.data = value.data.to(case.factors["a_0"].dtype if name == PEFT else case.dtype)
     _filled(trained, case)
-    calls = [torch.compile(layer, mode="max-autotune-no-cudagraphs") for layer in layers]
+    calls = list(layers)
+    if name == "peft-compiled":
+        torch.compiler.reset()  # after eight shapes of one code it would go on without compiling, and not say so
+        calls = [torch.compile(layer, mode="max-autotune-no-cudagraphs", dynamic=False) for layer in layers]
 
     def forward(x: Tensor) -> list[Tensor]:
         with torch.autocast(case.device.type, case.dtype) if half and name == PEFT else nullcontext():
-            return [layer(x) for layer in (calls if name == "peft-compiled" else layers)]
+            return [call(x) for call in calls]
 
     drops = None if name == "peft-compiled" else "torch"  # a compiled layer draws otherwise
     return Candidate(name, forward, trained, drops=drops, drops_all=case.op == "dora")

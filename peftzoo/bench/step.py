@@ -254,7 +254,8 @@ def prepared(name: str, work: Work) -> nn.Module:
     if name == PEFT and base.dtype.itemsize == 2:  # as trainers run it: float32 adapters under autocast
         model.forward = torch.autocast(base.device.type, base.dtype)(model.forward)
     if name == f"{PEFT}-compiled":
-        model.compile()
+        torch.compiler.reset()  # what other models compiled counts against the limit of recompilations
+        model.compile(dynamic=False)
     return model
 
 
