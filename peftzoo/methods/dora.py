@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from peftzoo.core.adapter import Factors
 from peftzoo.core.cache import StepCache
 from peftzoo.core.registry import register
+from peftzoo.core.row_norms import row_norms
 from peftzoo.core.stock_lora import StockLora
 from peftzoo.low_rank.adapter import ALIASES, LowRank, LowRankConfig
 from peftzoo.low_rank.eva import eva_start
@@ -72,14 +73,3 @@ class Dora(LowRank):
         update = super().factors()
         norm = self._norm.get(lambda: row_norms(self.frozen_weight(), update), self.a, self.b)
         return update._replace(out_scale=self.m / norm, drops_all=self.config.dropout_mode == "peft")
-
-
-def row_norms(weight: Tensor, update: Factors) -> Tensor:
-    """Return |W + D| of each row, [out], at least a tiny number, from W [out, in] and the factors of D."""
-    with torch.autocast(weight.device.type, enabled=False):
-        wide = torch.promote_types(torch.float32, weight.dtype)
-        weight, a, b = weight.to(wide), update.a.to(wide), update.scale * update.b.to(wide)
-        cross = (weight @ a.T * b).sum(1)
-        square = (b @ (a @ a.T) * b).sum(1)
-        total = torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square
-        return total.clamp_min(torch.finfo(wide).tiny).sqrt().to(update.b.dtype)
