@@ -64,6 +64,8 @@ class FusedStock(_Layer):
             factors = partial(self._dora, weight, a, b, m, scale)
         else:
             factors = partial(Factors, a, b, None, scale)
+        if not torch.compiler.is_compiling() and any(one.is_inference() for one in sources):  # changes do not show
+            return None
         return Product(weight, bias, dropout, factors, lambda: sources, (scale,))
 
     def _dora(self, weight: Weight, a: Tensor, b: Tensor, m: Tensor, scale: float) -> Factors:
@@ -145,8 +147,6 @@ def adapter_obstacle(layer: lora.LoraLayer, name: str) -> str | None:
         return "hooks on parts of the adapter"
     if any(type(part) is not nn.Linear or type(part.weight) not in PLAIN for part in (a, b)):
         return "factors that are not plain linear layers"
-    if a.weight.is_inference() or b.weight.is_inference():
-        return "factors made in inference mode, whose changes do not show"
     dropout_is_known = type(drop) is nn.Identity or (type(drop) is nn.Dropout and not drop.inplace)
     if not dropout_is_known or (type(drop) is nn.Dropout and drop.p >= 1 - 2**-16):
         return f"dropout {drop}"
