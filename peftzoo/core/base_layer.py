@@ -102,8 +102,9 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks or a replaced forward would miss a call of `module` that is not made."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in module.__dict__
 
 
 def plain_weight(module: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Weight | None:

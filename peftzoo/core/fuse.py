@@ -153,14 +153,14 @@ def _what(layer: BaseTunerLayer) -> str:
 def _siblings(model: nn.Module, fused: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     """Yield the names of layers that are called with one input, going by their own and their block's forward."""
     for name, block in model.named_modules():
-        children = dict(block.named_children())
+        children = {child: f"{name}.{child}".removeprefix(".") for child, _ in block.named_children()}
+        children = {child: full for child, full in children.items() if full in fused}
+        if len(children) < 2:
+            continue
         for names in (*_called_alike(block), *_MLP):
-            there = [
-                child for child in names if child in children and _can_join(children[child], fused, f"{name}.{child}")
-            ]
-            by_width = {children[child].in_features for child in there}
-            if len(there) > 1 and len(by_width) == 1:
-                yield tuple(f"{name}.{child}".removeprefix(".") for child in there)
+            there = [child for child in names if child in children and _can_join(getattr(block, child))]
+            if len(there) > 1 and len({getattr(block, child).in_features for child in there}) == 1:
+                yield tuple(children[child] for child in there)
 
 
 def _called_alike(block: nn.Module) -> Iterator[tuple[str, ...]]:
@@ -173,10 +173,8 @@ def _called_alike(block: nn.Module) -> Iterator[tuple[str, ...]]:
         yield names[1:] if from_elsewhere else names
 
 
-def _can_join(layer: nn.Module, fused: Mapping[str, str], name: str) -> bool:
+def _can_join(layer: nn.Module) -> bool:
     """Whether a fused layer has an adapter that an op for several layers takes."""
-    if name.removeprefix(".") not in fused:
-        return False
     if not isinstance(layer, ZooLinear):
         return True
     ready = [layer.adapter(one) for one in layer.peftzoo_adapter if one not in layer._unloaded]

@@ -21,7 +21,10 @@ WATCHED = "its base layer has hooks, or a forward of its own"
 
 
 # at run time no base at all: a layer cannot be turned into a class that lists those of its own in another order
-_Layer = lora.LoraLayer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer as _Layer
+else:
+    _Layer = object
 
 
 class FusedStock(_Layer):
@@ -47,16 +50,17 @@ class FusedStock(_Layer):
         """Return what the op is to compute of `x`; None where the stock forward has to."""
         if self.disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled or not _is_plain(x):
             return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        there = self._modules["lora_A"]._modules
+        names = [name for name in self.active_adapters if name in there]
         if len(names) != 1 or adapter_obstacle(self, names[0]):
             return None
-        weight = plain_weight(self.base_layer, self._kind, x.dtype)
+        base, name = self._modules["base_layer"], names[0]
+        weight = plain_weight(base, self._kind, x.dtype)
         if weight is None:
             return None
-        name, bias = names[0], self.base_layer.bias
-        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        sources = [self.base_layer.weight, a, b] if bias is None else [self.base_layer.weight, a, b, bias]
-        drop, is_dora = self.lora_dropout[name], name in self.lora_variant
+        (a, b, drop), bias, scale = _parts(self, name), base.bias, self.scaling[name]
+        a, b, is_dora = a.weight, b.weight, name in self.lora_variant
+        sources = [base.weight, a, b] if bias is None else [base.weight, a, b, bias]
         dropout = drop.p if isinstance(drop, nn.Dropout) and drop.training and (self.training or not is_dora) else 0.0
         if is_dora:
             m = self.lora_magnitude_vector[name].weight
@@ -139,18 +143,29 @@ def adapter_obstacle(layer: lora.LoraLayer, name: str) -> str | None:
     variant = type(layer.lora_variant.get(name, None))
     if variant not in (type(None), DoraLinearVariant):
         return f"variant {variant.__name__}"
-    a, b, drop = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    a, b, drop = _parts(layer, name)
     if layer.lora_bias[name] or a.bias is not None or b.bias is not None:
         return "lora_bias"
-    called = [a, b, drop] if variant is not DoraLinearVariant else [a, b, drop, layer.lora_magnitude_vector[name]]
-    if any(is_watched(module) for module in called):
+    if is_watched(a) or is_watched(b) or is_watched(drop):
         return "hooks on parts of the adapter"
-    if any(type(part) is not nn.Linear or type(part.weight) not in PLAIN for part in (a, b)):
+    if variant is DoraLinearVariant and is_watched(layer.lora_magnitude_vector[name]):
+        return "hooks on parts of the adapter"
+    if (
+        type(a) is not nn.Linear
+        or type(b) is not nn.Linear
+        or type(a.weight) not in PLAIN
+        or type(b.weight) not in PLAIN
+    ):
         return "factors that are not plain linear layers"
     dropout_is_known = type(drop) is nn.Identity or (type(drop) is nn.Dropout and not drop.inplace)
     if not dropout_is_known or (type(drop) is nn.Dropout and drop.p >= 1 - 2**-16):
         return f"dropout {drop}"
     return None
+
+
+def _parts(layer: Any, name: str) -> list[Any]:
+    """Return the down factor, the up factor and the dropout of an adapter; found without nn.Module's slow look-up."""
+    return [layer._modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")]
 
 
 def _is_plain(x: Tensor) -> bool:
