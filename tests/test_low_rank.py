@@ -10,7 +10,7 @@ import copy
 import peft
 import pytest
 import torch
-from helpers import assert_all_close, assert_close, assert_differs, logits, shake, zoo_layers
+from helpers import SeededDropout, assert_all_close, assert_close, assert_differs, logits, shake, zoo_layers
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import peftzoo
-import peftzoo_kernels
 from peftzoo.methods import dora
 
 # name of a case: (method, its settings, those of stock peft); r=3 and alpha=7 make every factor other than 1
@@ -352,17 +351,6 @@ def test_dora_norm_stays_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = layer.adapter("default").factors().out_scale.detach()
     assert torch.equal(got, want)
-
-
-class SeededDropout(nn.Module):
-    """Drops as our ops do, in the place of peft's own dropout."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        return peftzoo_kernels.dropped(x, self.p, peftzoo_kernels.draw_seed(x.device))
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "base and update"])

@@ -303,7 +303,11 @@ def _gradients(ctx: Any, dys: list[Tensor | None], backward: Any) -> tuple[Any, 
     saved = iter(ctx.saved_tensors)
     (x, h), frozen, a, b, s, out_scale, v, seeds = ([next(saved) for _ in range(n)] for n in ctx.lengths)
     weights = [restored(tensor, packed) for tensor, packed in zip(frozen, ctx.packed, strict=True)]
-    flags = ctx.need_a, ctx.need_b, ctx.need_s, ctx.need_c
+    used = [dy is not None for dy in dys]  # a layer whose output was not used has no gradient, as on its own
+    flags = [
+        [need and use for need, use in zip(flag, used, strict=True)]
+        for flag in (ctx.need_a, ctx.need_b, ctx.need_s, ctx.need_c)
+    ]
     found = iter(backward(dys, x, weights, a, b, s, out_scale, h, v, ctx.scale, ctx.dropout, seeds, *flags))
     dx = next(found) if ctx.need_x else None
     none = [None] * len(b)

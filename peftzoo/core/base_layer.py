@@ -84,6 +84,8 @@ def _plain_conv2d(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == 1
 
 
+PLAIN = (Tensor, nn.Parameter)  # types of tensors that an op may read
+
 KINDS = (
     LayerKind("linear", _plain_linear, forward=nn.Linear.forward),
     LayerKind("conv1d", lambda module: isinstance(module, Conv1D), transposed=True, forward=Conv1D.forward),
@@ -98,21 +100,28 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks or a replaced forward would miss a call of `module` that is not made."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in module.__dict__
+
+
 def plain_weight(module: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Weight | None:
     """Return W [out, in] if calling `module` on inputs of `dtype` is x W^T + bias and nothing else.
 
     Then a fused op may do it. None where the module's forward was replaced or has hooks of its own, where the dtypes
     differ, and where W is packed in a way that no op unpacks: then the module itself has to be called.
     """
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return None
-    if "forward" in module.__dict__:
+    if is_watched(module):
         return None
     if kind.name == "bnb-4bit":
         return _nf4_weight(module, dtype)
     if kind.forward is None or type(module).forward is not kind.forward:
         return None
     weight = cast(Tensor, module.weight)
+    if type(weight) not in PLAIN:  # sharded by DTensor, quantised by torchao: what it is multiplied by is its business
+        return None
     if weight.dtype != dtype and not torch.is_autocast_enabled(weight.device.type):
         return None
     return kind.matrix(weight)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftzoo.core.adapter import Factors
 from peftzoo.core.cache import StepCache
 from peftzoo.core.registry import register
+from peftzoo.core.row_norms import row_norms
 from peftzoo.core.stock_lora import StockLora
 from peftzoo.low_rank.adapter import ALIASES, LowRank, LowRankConfig
 from peftzoo.low_rank.eva import eva_start
