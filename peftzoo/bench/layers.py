@@ -28,7 +28,6 @@ from peftzoo.core.cache import count_step
 from peftzoo.core.layer import ZooLinear
 from peftzoo.core.registry import get_method
 from peftzoo_kernels import BACKENDS, LowRankLayer, draw_seed, dropped, grouped_low_rank_linear, low_rank_linear
-from peftzoo_kernels._triton import can_run
 
 OPS = ("lora", "dora", "out_scale", "group")
 FLOOR, PEFT, OURS = "floor", "peft", "zoo"
@@ -188,8 +187,7 @@ def names(op: str, p: float, dtype: torch.dtype, device: torch.device) -> list[s
     """Return the implementations of an op that there are, the floor first."""
     half = dtype.itemsize == 2
     stock = [PEFT, *(["peft-half"] if half else []), "peft-compiled"]
-    triton = device.type == "cuda" or can_run(torch.empty(0))  # in its interpreter
-    fusion = ["lorafusion-like"] if triton and dtype != torch.float64 else []
+    fusion = ["lorafusion-like"] if device.type == "cuda" and dtype != torch.float64 else []
     others = {"lora": [*([] if p else ["unsloth-like"]), "axolotl-like", *fusion]}.get(op, [])
     backends = [name for name in BACKENDS if name != "triton" or device.type == "cuda"]
     ours = [OURS, *(f"{OURS}-{name}" for name in backends)]

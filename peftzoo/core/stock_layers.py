@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from peftzoo.core.adapter import Factors
 from peftzoo.core.base_layer import PLAIN, LayerKind, is_watched, layer_kind, plain_weight
 from peftzoo.core.cache import StepCache
-from peftzoo.core.row_norms import row_norms
 from peftzoo.core.shared_input import Product, SharedInput, fused_output
-from peftzoo_kernels import Weight, dense
+from peftzoo_kernels import PackedWeight, Weight, dense, row_norms
 
 WATCHED = "its base layer has hooks, or a forward of its own"
 
@@ -74,8 +73,8 @@ class FusedStock(_Layer):
 
     def _dora(self, weight: Weight, a: Tensor, b: Tensor, m: Tensor, scale: float) -> Factors:
         update = Factors(a, b, None, scale)
-        stored, wide = cast(Tensor, self.base_layer.weight), torch.promote_types(torch.float32, a.dtype)
-        norm = self._norm.get(lambda: row_norms(dense(weight, wide), update), stored, a, b, settings=scale)
+        stored = cast(Tensor, self.base_layer.weight)
+        norm = self._norm.get(lambda: row_norms(_plain(weight), a, b, scale), stored, a, b, settings=scale)
         return update._replace(out_scale=m / norm, drops_all=True)
 
     def unmerge(self) -> None:
@@ -161,6 +160,10 @@ def adapter_obstacle(layer: lora.LoraLayer, name: str) -> str | None:
     if not dropout_is_known or (type(drop) is nn.Dropout and drop.p >= 1 - 2**-16):
         return f"dropout {drop}"
     return None
+
+
+def _plain(weight: Weight) -> Tensor:
+    return dense(weight, torch.float32) if isinstance(weight, PackedWeight) else weight
 
 
 def _parts(layer: Any, name: str) -> list[Any]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from peftzoo.core.adapter import Factors
 from peftzoo.core.cache import StepCache
 from peftzoo.core.registry import register
-from peftzoo.core.row_norms import row_norms
 from peftzoo.core.stock_lora import StockLora
 from peftzoo.low_rank.adapter import ALIASES, LowRank, LowRankConfig
 from peftzoo.low_rank.eva import eva_start
@@ -70,7 +69,6 @@ class Dora(LowRank):
     def factors(self) -> Factors:
         """Return A [r, in], B [out, r] and m / |W + D| [out]."""
         update = super().factors()
-        norm = self._norm.get(
-            lambda: row_norms(self.frozen_weight(), update.a, update.b, update.scale), self.a, self.b
-        )
+        a, b, scale = update.a, update.b, update.scale
+        norm = self._norm.get(lambda: row_norms(self.frozen_weight(), a, b, scale), self.a, self.b)
         return update._replace(out_scale=self.m / norm, drops_all=self.config.dropout_mode == "peft")
