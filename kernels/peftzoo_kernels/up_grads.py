@@ -16,7 +16,6 @@ from peftzoo_kernels._gemm import mm_float32
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
 from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
 
-
 _BLOCK = 256  # rows that stay in a CPU's cache
 
 
