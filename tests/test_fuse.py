@@ -45,7 +45,8 @@ BLOCK = "base_model.model.model.layers.0"
 
 def stock(base, **settings):
     """Return a copy of `base` with a stock peft adapter away from its start; the scale is other than 1."""
-    config = peft.LoraConfig(**({"r": 3, "lora_alpha": 2.0, "target_modules": "all-linear"} | settings))
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**({"r": 3, "lora_alpha": 1.0, "target_modules": "all-linear"} | settings))
     return shake(get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=False))
 
 
@@ -72,9 +73,13 @@ def calls(monkeypatch):
     """The number of layers in each call of the op for groups."""
     found = []
     op = shared_input.grouped_low_rank_linear
-    monkeypatch.setattr(
-        shared_input, "grouped_low_rank_linear", lambda x, layers, p: found.append(len(layers)) or op(x, layers, p)
-    )
+
+    def counted(x, layers, dropout):
+        assert shared_input._kept_here.outputs is None, "outputs of before are kept while others are made"
+        found.append(len(layers))
+        return op(x, layers, dropout)
+
+    monkeypatch.setattr(shared_input, "grouped_low_rank_linear", counted)
     yield found
     assert shared_input._kept_here.outputs is None, "an output was left lying"
 
@@ -244,6 +249,8 @@ def test_doras_norm_follows_the_adapter_and_is_taken_once_a_step(llama, tokens, 
     other = {name: value * 1.5 for name, value in theirs.state_dict().items()}
     for one in (model, theirs):
         one.load_state_dict(other)
+    norms = [layer._norm._value for layer in model.modules() if isinstance(layer, stock_layers.FusedStock)]
+    assert norms == [None] * layers, "versions alone do not show that gathered copies of shards were loaded"
     check()
     for one in (model, theirs):
         one.merge_adapter()
@@ -605,6 +612,12 @@ def test_what_nobody_asks_for_goes_with_the_next_group(llama, calls):
         model.get_submodule(f"{BLOCK}.mlp.{name}")(x)
     assert [y() for y in outputs] == [None, None]
     assert calls == [3, 2]
+    with torch.no_grad():
+        model.get_submodule(f"{BLOCK}.self_attn.q_proj")(x)
+        alive = weakref.ref(x)
+        del x
+        assert alive() is None, "the input is kept as well"
+    shared_input.forget_outputs()
 
 
 def test_backward_hooks_and_torch_func_get_the_stock_result(trio, calls):
