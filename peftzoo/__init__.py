@@ -21,6 +21,7 @@ from peftzoo.core.adapter import Factors, LinearAdapter
 from peftzoo.core.attach import attach
 from peftzoo.core.calibrate import calibrate
 from peftzoo.core.config import ZooConfig
+from peftzoo.core.fuse import FuseReport, fuse, unfuse
 from peftzoo.core.groups import parameter_groups
 from peftzoo.core.hooks import after_step, penalty, regularizer
 from peftzoo.core.layer import ZooLinear
@@ -46,6 +47,7 @@ __all__ = [
     "DoraConfig",
     "EvaConfig",
     "Factors",
+    "FuseReport",
     "LinearAdapter",
     "LolduConfig",
     "LoraConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "after_step",
     "attach",
     "calibrate",
+    "fuse",
     "get_method",
     "list_methods",
     "load_adapter",
@@ -74,4 +77,5 @@ __all__ = [
     "register",
     "regularizer",
     "save_adapter",
+    "unfuse",
 ]

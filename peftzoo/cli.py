@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
 from datasets.utils.logging import disable_progress_bar
@@ -16,6 +17,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import peftzoo
+from peftzoo.bench import kernels as bench_kernels
+from peftzoo.bench import report as bench_report
+from peftzoo.bench import step as bench_step
 from peftzoo.core.registry import Method, get_method, list_methods, list_peft_methods
 from peftzoo.core.resources import find_recipe, list_recipes
 from peftzoo.core.setting_help import setting_help
@@ -31,7 +35,7 @@ from peftzoo.train.recipe_yaml import dump
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 bad recipe or arguments; 3 data; 4 model or adapter; 5 out of memory; "
-    "6 training not finite; 7 run folder; 130 interrupted, after a save."
+    "6 training not finite; 7 run folder; 8 wrong results in a benchmark; 130 interrupted, after a save."
 )
 
 app = typer.Typer(
@@ -43,6 +47,12 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that come with peftzoo.", no_args_is_help=False, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
+bench_app = typer.Typer(
+    help="Time a layer or a training step, ours beside peft's and other tools', over the frozen floor.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench_app, name="bench")
 # what is not a terminal has no edge to wrap at
 console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 300)
 
@@ -50,6 +60,11 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a rec
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings to change, such as method.r=32")
 ]
+BenchFolder = Annotated[Path, typer.Option("--out", help="folder of the results; FOLDER-2, ... where it has some")]
+BenchOnly = Annotated[
+    list[str] | None, typer.Option("--only", metavar="NAME", help="an implementation beside the floor; repeatable")
+]
+BenchRounds = Annotated[int | None, typer.Option("--rounds", min=1, help="in which every implementation has its turn")]
 AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="an adapter folder, such as RUN/final")]
 
 
@@ -198,6 +213,60 @@ def export(
     )
 
 
+@bench_app.command("kernels", epilog=EXIT_CODES)
+def kernels(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="M,K,N", help="rows, in, out; M,K,N+N for layers on one input; repeatable"),
+    ] = None,
+    rank: Annotated[list[int] | None, typer.Option("--rank", help="repeatable")] = None,
+    dropout: Annotated[list[float] | None, typer.Option("--dropout", help="repeatable")] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="such as float32 or bfloat16; repeatable")] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", help="lora, dora, out_scale or group; repeatable")] = None,
+    only: BenchOnly = None,
+    rounds: BenchRounds = None,
+    out: BenchFolder = Path("runs/bench"),
+) -> None:
+    """Time one adapted layer, forward and backward, against the frozen layer, peft and other tools' formulations.
+
+    Without options: a few shapes on a CPU, in a few minutes; the full grid on a GPU. Every DoRA run counts as
+    an optimizer step, so the norm of the rows, kept within a step, is paid each time.
+    """
+    settings = bench_kernels.KernelSettings(
+        shape or (), rank or (), dropout or (), dtype or (), op or (), only or (), rounds or 0
+    )
+    device = _bench_device()
+    bench_kernels.plan(settings, device)  # what cannot be is refused before anything is written
+    path = bench_report.new_file(out, "kernels.jsonl")
+    found = bench_kernels.run(settings, device, path, bench_report.environment(device), _show_rows)
+    _end_bench(path, found, bench_kernels.bars(found), device)
+
+
+@bench_app.command("step", epilog=EXIT_CODES)
+def step(
+    method: Annotated[list[str] | None, typer.Option("--method", help="of `peftzoo methods`; repeatable")] = None,
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 16,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="rows of a step")] = None,
+    sequence: Annotated[int | None, typer.Option("--sequence", min=2, help="tokens of a row")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="blocks of the random model on a GPU")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="such as float32 or bfloat16")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="recompute each block")] = False,
+    only: BenchOnly = None,
+    rounds: BenchRounds = None,
+    out: BenchFolder = Path("runs/bench"),
+) -> None:
+    """Time a training step of the built-in model, on a GPU of random weights in the shape of Llama-3-8B."""
+    settings = bench_step.StepSettings(
+        method or ("lora",), rank, batch or 0, sequence or 0, layers or 0, dtype or "", checkpointing, only or (),
+        rounds or 0,
+    )  # fmt: skip
+    device = _bench_device()
+    bench_step.plan(settings, device)
+    path = bench_report.new_file(out, "step.jsonl")
+    found = bench_step.run(settings, device, path, bench_report.environment(device), _show_rows)
+    _end_bench(path, found, bench_step.bars(found), device)
+
+
 def main() -> None:
     """Run the command line; a problem of the user's becomes one message on stderr and its exit code.
 
@@ -212,6 +281,30 @@ def main() -> None:
     except ZooError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _bench_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _show_rows(text: str, rows: list[dict[str, Any]]) -> None:
+    if text:
+        console.print(text)
+    for title, of_case in bench_report.cases(rows).items():
+        console.print(bench_report.table(title, of_case))
+        console.print()
+
+
+def _end_bench(path: Path, rows: list[dict[str, Any]], bars: list[str], device: torch.device) -> None:
+    """Draw the picture and say what was left where; bars are for a CPU."""
+    picture = path.with_suffix(".png")
+    try:
+        bench_report.draw(rows, picture)
+    except ImportError:
+        console.print(f"{picture.name} was not drawn: `pip install 'peftzoo[plot]'` installs what it takes")
+    for line in bars if device.type == "cpu" else ():
+        console.print(line)
+    console.print(f"wrote {len(rows)} rows to {path}")
 
 
 def _print_methods(base: PreTrainedModel | None, settings: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@
 | 5 | out of memory |
 | 6 | training became non-finite |
 | 7 | a run folder or checkpoint that cannot be used |
+| 8 | what a benchmark was to time computes something wrong |
 | 130 | interrupted, after the adapter was saved |
 """
 
@@ -56,3 +57,9 @@ class CheckpointError(ZooError):
     """A run folder or checkpoint cannot be written or used."""
 
     exit_code = 7
+
+
+class BenchmarkError(ZooError):
+    """What a benchmark was to time gives outputs or gradients that are missing, zero, not finite or wrong."""
+
+    exit_code = 8

@@ -14,6 +14,7 @@ from peftzoo.core import hooks
 from peftzoo.core.calibrate import calibrate
 from peftzoo.core.layer import ZooLinear
 from peftzoo.errors import ModelError
+from peftzoo_kernels import draw_seed, dropped
 
 
 def make_llama(hidden_size=32, intermediate_size=48):
@@ -199,3 +200,14 @@ class ConvNet(nn.Module):
 def make_conv_net():
     torch.manual_seed(0)
     return ConvNet().eval()
+
+
+class SeededDropout(nn.Module):
+    """Drops as our ops do, in the place of peft's own dropout."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return dropped(x, self.p, draw_seed(x.device))

@@ -86,7 +86,8 @@ def commands():
 
 def test_the_commands_are_these():
     assert {" ".join(path) for path in commands()} == {
-        "", "train", "check", "methods", "recipes", "recipes list", "recipes show", "recipes copy", "inspect", "export"
+        "", "train", "check", "methods", "recipes", "recipes list", "recipes show", "recipes copy", "inspect",
+        "export", "bench", "bench kernels", "bench step",
     }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_every_setting_is_documented_as_it_is(section):
 def test_exit_codes_are_documented():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.ZooError)]
-    assert len(classes) == 7
+    assert len(classes) == 8
     for error in classes:
         assert f"| {error.exit_code} |" in text
         assert f"| {error.exit_code} |" in (errors.__doc__ or "")

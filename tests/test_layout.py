@@ -32,13 +32,17 @@ FLOORS = {
     "peftzoo/methods/__init__.py": (),
     "peftzoo/methods/*": ("peftzoo.low_rank", "peftzoo.core", "peftzoo_kernels"),
     "peftzoo/train/*": ("peftzoo.train", "peftzoo.builtin", "peftzoo.core", "peftzoo.errors", "peftzoo_kernels"),
+    "peftzoo/bench/*": (
+        *("peftzoo.bench", "peftzoo.builtin", "peftzoo.core", "peftzoo.errors", "peftzoo.train"),
+        "peftzoo_kernels",
+    ),
     "peftzoo/export.py": ("peftzoo.builtin", "peftzoo.core", "peftzoo.errors"),
     "peftzoo/inspection.py": ("peftzoo.core", "peftzoo.errors"),
     "peftzoo/method_table.py": ("peftzoo.core", "peftzoo.train"),
     "peftzoo/__init__.py": ("peftzoo.core", "peftzoo.methods"),
     "peftzoo/cli.py": (
-        *("peftzoo.__version__", "peftzoo.core", "peftzoo.errors", "peftzoo.export", "peftzoo.inspection"),
-        *("peftzoo.method_table", "peftzoo.train"),
+        *("peftzoo.__version__", "peftzoo.bench", "peftzoo.core", "peftzoo.errors", "peftzoo.export"),
+        *("peftzoo.inspection", "peftzoo.method_table", "peftzoo.train"),
     ),
     "peftzoo/__main__.py": ("peftzoo.cli",),
 }
@@ -139,6 +143,7 @@ LONGEST = {
     "peftzoo/core/*": 300,
     "peftzoo/low_rank/*": 300,
     "peftzoo/train/*": 400,
+    "peftzoo/bench/*": 400,
     "kernels/*": 400,
 }
 

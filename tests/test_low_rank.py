@@ -10,10 +10,11 @@ import copy
 import peft
 import pytest
 import torch
-from helpers import assert_all_close, assert_close, assert_differs, logits, shake, zoo_layers
+from helpers import SeededDropout, assert_all_close, assert_close, assert_differs, logits, shake, zoo_layers
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
@@ -295,7 +296,7 @@ def test_dora_norm_makes_neither_an_identity_nor_the_sum():
     adapter = shake(layer).adapter("default")
     update = adapter.factors()._replace(out_scale=None)
     with Sizes() as sizes:
-        norm = dora.row_norms(weight, update)
+        norm = dora.row_norms(weight, update.a, update.b, update.scale)
     assert sizes.found
     assert max(numel for _, numel in sizes.found) <= 128 * 3, sizes.found
     assert_close(norm, (weight + update.scale * update.b @ update.a).norm(dim=1))
@@ -352,19 +353,39 @@ def test_dora_norm_stays_in_float32_under_autocast():
     assert torch.equal(got, want)
 
 
-def test_dora_with_dropout_drops_from_the_frozen_product_of_the_scale_too():
-    """As in peft: what the scale adds to the frozen product sees the dropped input as well."""
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "base and update"])
+def test_dora_drops_what_peft_drops(fused):
     net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7))
     method, shared = peftzoo.get_method("dora"), {"r": 3, "target_modules": ["0", "2"]}
-    ours = get_peft_model(copy.deepcopy(net), method.make_config(alpha=7.0, dropout=0.4, **shared)).train()
+    config = method.make_config(alpha=7.0, dropout=0.4, dropout_mode="peft", **shared)
+    ours = get_peft_model(copy.deepcopy(net), config).train()
     stock = peft.LoraConfig(lora_alpha=7.0, lora_dropout=0.4, use_dora=True, **shared)
     theirs = shake(get_peft_model(copy.deepcopy(net), stock)).train()
     copy_over(theirs, ours)
+    for name in ("0", "2"):
+        theirs.get_submodule(f"base_model.model.{name}").lora_dropout["default"] = SeededDropout(0.4)
+        if not fused:  # a layer with a hook of its own is called
+            ours.get_submodule(f"base_model.model.{name}").base_layer.register_forward_hook(lambda *_: None)
     x, results = torch.randn(5, 12), []
     for model in (ours, theirs):
         torch.manual_seed(3)
         results.append(passed(model, x))
     assert_all_close(*results)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "base and update"])
+def test_dora_drops_from_its_factors_alone(fused):
+    layer = peftzoo.attach(nn.Linear(12, 7), peftzoo.DoraConfig(r=3, dropout=0.4)).train()
+    shake(layer)
+    factors, x = layer.adapter("default").factors(), torch.randn(5, 12)
+    torch.manual_seed(3)
+    kept = SeededDropout(0.4)(x)
+    want = F.linear(x, layer.base_layer.weight) + factors.scale * kept @ factors.a.T @ factors.b.T
+    want = factors.out_scale * want + layer.base_layer.bias
+    if not fused:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    torch.manual_seed(3)
+    torch.testing.assert_close(layer(x), want)
 
 
 def packed(bits):

@@ -40,12 +40,12 @@ def basis_ref(key: int, count: int, length: int) -> Tensor:
 
 
 def basis_lanes(
-    key: int, count: int, length: int, first: int = 0, start: int = 0, device: torch.device | str = "cpu"
+    key: int | Tensor, count: int, length: int, first: int = 0, start: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return lanes of the bases from `first` on, [count, 4, ceil(length / 8), 2] int16: word, counter, half.
 
     Args:
-        key: 64-bit key, either sign.
+        key: 64-bit key, either sign; an int64 scalar tensor is never read back from its device.
         count: number of bases.
         length: entries of each.
         first: number of the first basis.

@@ -10,6 +10,7 @@ x[:, C] [m, r] instead of x [m, in]:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch.nn import functional as F
 from peftzoo_kernels._backend import backend
 from peftzoo_kernels._gemm import compute_dtype, mm_float32, to_dtype_of
 from peftzoo_kernels._registration import differentiable
+from peftzoo_kernels._weight import PackedWeight, Weight, dense, restored, stored
 
 
 def gather_matmul_ref(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Weight | None,
     columns: Tensor,
     p: Tensor,
     bias: Tensor | None = None,
@@ -31,12 +33,12 @@ def gather_matmul_ref(
 ) -> Tensor:
     """Say in plain torch what `gather_matmul` computes, in the dtype of `x`."""
     update = scale * F.linear(x[..., columns], p.to(x.dtype))
-    return update if weight is None else F.linear(x, weight.to(x.dtype), to_dtype_of(x, bias)) + update
+    return update if weight is None else F.linear(x, dense(weight, x.dtype), to_dtype_of(x, bias)) + update
 
 
 def gather_matmul(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Weight | None,
     columns: Tensor,
     p: Tensor,
     bias: Tensor | None = None,
@@ -46,7 +48,7 @@ def gather_matmul(
 
     Args:
         x: input, [..., in].
-        weight: frozen weight, [out, in], any strides; None returns the update alone.
+        weight: frozen weight, [out, in], any strides, or packed; None returns the update alone.
         columns: distinct indices into `in`, [r], integer; sorted ones read memory in order.
         p: update of those columns, [out, r], in any floating dtype; gradient in its own.
         bias: frozen bias, [out]; needs `weight`.
@@ -64,11 +66,11 @@ def gather_matmul(
     trains_base = weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if trains_base or backend() == "eager":
         return gather_matmul_ref(x, weight, columns, p, bias, scale)
-    y = _gather_matmul(x.reshape(-1, x.shape[-1]), weight, columns, p, bias, scale)
+    (y,) = _gather_matmul(x.reshape(-1, x.shape[-1]), weight, columns, p, bias, scale)
     return y.view(*x.shape[:-1], p.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor | None, columns: Tensor, p: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Weight | None, columns: Tensor, p: Tensor, bias: Tensor | None) -> None:
     shapes = f"x {list(x.shape)}, columns {list(columns.shape)}, p {list(p.shape)}"
     if columns.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"gather_matmul: columns are {columns.dtype}; want int32 or int64")
@@ -82,28 +84,28 @@ def _check(x: Tensor, weight: Tensor | None, columns: Tensor, p: Tensor, bias: T
 
 def _forward(
     x: Tensor, weight: Tensor | None, columns: Tensor, p: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     """Return y [m, out] and x[:, columns] [m, r]."""
     gathered = x.index_select(1, columns)
     p_t = (p * scale).to(x.dtype).t()
     y = gathered @ p_t if bias is None else torch.addmm(bias.to(x.dtype), gathered, p_t)
     if weight is not None:
-        y.addmm_(x, weight.to(x.dtype).t())
-    return y, gathered
+        y.addmm_(x, dense(weight, x.dtype).t())
+    return [y, gathered]
 
 
 def _forward_fake(
     x: Tensor, weight: Tensor | None, columns: Tensor, p: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], p.shape[0]), x.new_empty(x.shape[0], columns.shape[0])
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], p.shape[0]), x.new_empty(x.shape[0], columns.shape[0])]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], needed: Sequence[Any]) -> None:
     x, weight, columns, p, _, ctx.scale = inputs
-    need_x, _, _, need_p = ctx.needs_input_grad[:4]
-    ctx.in_features = x.shape[1]
+    ctx.need_x, ctx.need_p = need_x, need_p = needed[0], needed[3]
+    ctx.in_features, ctx.packed = x.shape[1], weight if isinstance(weight, PackedWeight) else None
     ctx.save_for_backward(
-        weight if need_x else None,
+        stored(weight) if need_x and weight is not None else None,
         columns if need_x else None,
         p if need_x else None,
         output[1] if need_p else None,
@@ -122,7 +124,7 @@ def _backward(
     """Return the needed ones of dx [m, in], dp [out, r]."""
     needed = []
     if columns is not None and p is not None:
-        dx = dy.new_zeros(dy.shape[0], in_features) if weight is None else dy @ weight.to(dy.dtype)
+        dx = dy.new_zeros(dy.shape[0], in_features) if weight is None else dy @ dense(weight, dy.dtype)
         needed.append(dx.index_add_(1, columns, dy @ (p * scale).to(dy.dtype)))
     if gathered is not None:
         needed.append(scale * mm_float32(dy.t(), gathered))
@@ -147,11 +149,11 @@ def _backward_fake(
     return needed
 
 
-def _gradients(ctx: Any, dy: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    weight, columns, p, gathered = ctx.saved_tensors
-    need_x, _, _, need_p = ctx.needs_input_grad[:4]
-    found = iter(backward(dy, weight, columns, p, gathered, ctx.in_features, ctx.scale))
-    return next(found) if need_x else None, None, None, next(found) if need_p else None, None, None
+def _gradients(ctx: Any, dys: list[Tensor | None], backward: Any) -> tuple[Tensor | None, ...]:
+    kept, columns, p, gathered = ctx.saved_tensors
+    weight = None if kept is None else restored(kept, ctx.packed)
+    found = iter(backward(dys[0], weight, columns, p, gathered, ctx.in_features, ctx.scale))
+    return next(found) if ctx.need_x else None, None, None, next(found) if ctx.need_p else None, None, None
 
 
 _gather_matmul = differentiable(

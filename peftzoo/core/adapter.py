@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from peftzoo.errors import ModelError
-from peftzoo_kernels import gather_matmul, low_rank_linear
+from peftzoo_kernels import Weight, compute_dtype, dense, draw_seed, dropped, gather_matmul, low_rank_linear
 
 if TYPE_CHECKING:
     from peftzoo.core.config import ZooConfig
 
 
 class Factors(NamedTuple):
-    """A low-rank update: y = out_scale * (x W^T + scale * ((x a^T) * s) b^T) + bias.
+    """A low-rank update: y = out_scale * (x W^T + scale * ((drop(x) a^T) * s) b^T) + bias.
 
     Attributes:
         a: down factor, [r, in]; or, as integers [r], the input columns that a gather takes instead.
@@ -31,6 +31,7 @@ class Factors(NamedTuple):
         s: middle diagonal, [r]; None means all ones.
         scale: scalar factor.
         out_scale: factor of every output, the frozen product included, [out]; None means all ones.
+        drops_all: out_scale multiplies drop(x) W^T, and x W^T - drop(x) W^T is left as it is: peft's DoRA.
     """
 
     a: Tensor
@@ -38,15 +39,28 @@ class Factors(NamedTuple):
     s: Tensor | None = None
     scale: float = 1.0
     out_scale: Tensor | None = None
+    drops_all: bool = False
 
-    def linear(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Weight | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         """Return y, [..., out], from x [..., in]; without a weight, out_scale times the low-rank product alone."""
-        if self.out_scale is not None:
-            y = self._replace(out_scale=None).linear(x, weight)
-            y = y * self.out_scale.to(y.dtype)
-            return y if bias is None else y + bias.to(y.dtype)
+        if dropout and (self.drops_all or not self.a.is_floating_point()):
+            kept = dropped(x, dropout, draw_seed(x.device))
+            if weight is None:
+                return self.linear(kept)
+            w = dense(weight, compute_dtype(x))
+            if self.drops_all:
+                return self.linear(kept, weight) + F.linear(x - kept, w, bias)
+            return self.linear(kept) + F.linear(x, w, bias)
         if self.a.is_floating_point():
-            return low_rank_linear(x, weight, self.a, self.b, self.s, bias, self.scale)
+            return low_rank_linear(
+                x, weight, self.a, self.b, self.s, bias, self.out_scale, scale=self.scale, dropout=dropout
+            )
         return gather_matmul(x, weight, self.a, self._up(), bias, self.scale)
 
     def dense(self, in_features: int) -> tuple[Tensor, Tensor]:
@@ -106,8 +120,18 @@ class LinearAdapter(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update of the output, [..., in] -> [..., out], in the dtype of `x`."""
+        return self._update(x, 0.0)
+
+    def with_dropout(self, x: Tensor, dropout: float) -> Tensor:
+        """Return the update of the output when a share `dropout` of the entries of x is kept from it."""
+        factors = self.factors()
+        if factors is None or factors.drops_all:
+            return cast(Tensor, self(dropped(x, dropout, draw_seed(x.device))))
+        return self._update(x, dropout)
+
+    def _update(self, x: Tensor, dropout: float) -> Tensor:
         factors = self._low_rank()
-        update = factors.linear(x)
+        update = factors.linear(x, dropout=dropout)
         if factors.out_scale is None:
             return update
         return update + F.linear(x, self.frozen_weight().to(x.dtype)) * (factors.out_scale - 1).to(x.dtype)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftzoo.core.adapter import LinearAdapter
 from peftzoo.core.conv import conv_update
+from peftzoo_kernels import PackedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,17 @@ class LayerKind:
         matches: whether a module is of this kind.
         transposed: the weight is stored [in, out].
         forward: the forward of a layer that is x W^T + bias and nothing else; None where it is more, or W is packed.
-        update: what an adapter adds to the output of a layer of this kind, from the layer, the adapter and x.
+        update: what an adapter adds to the output of a layer of this kind, from the layer, the adapter, x and the
+            share of x that is dropped.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     transposed: bool = False
     forward: Callable[..., Tensor] | None = None
-    update: Callable[[Any, LinearAdapter, Tensor], Tensor] = lambda _, adapter, x: adapter(x)
+    update: Callable[[Any, LinearAdapter, Tensor, float], Tensor] = lambda _, adapter, x, dropout: (
+        adapter.with_dropout(x, dropout) if dropout else adapter(x)
+    )
 
     def __reduce__(self) -> tuple[Callable[[str], LayerKind], tuple[str]]:
         return _kind_of_name, (self.name,)  # pickled by name: the predicates are functions of this file
@@ -80,6 +84,8 @@ def _plain_conv2d(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == 1
 
 
+PLAIN = (Tensor, nn.Parameter)  # types of tensors that an op may read
+
 KINDS = (
     LayerKind("linear", _plain_linear, forward=nn.Linear.forward),
     LayerKind("conv1d", lambda module: isinstance(module, Conv1D), transposed=True, forward=Conv1D.forward),
@@ -94,17 +100,44 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
-def plain_weight(module: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Tensor | None:
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks or a replaced forward would miss a call of `module` that is not made."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in module.__dict__
+
+
+def plain_weight(module: nn.Module, kind: LayerKind, dtype: torch.dtype) -> Weight | None:
     """Return W [out, in] if calling `module` on inputs of `dtype` is x W^T + bias and nothing else.
 
-    Then a fused op may do it. None where the weight is packed, where the module's forward was replaced or has hooks
-    of its own, and where the dtypes differ: then the module itself has to be called.
+    Then a fused op may do it. None where the module's forward was replaced or has hooks of its own, where the dtypes
+    differ, and where W is packed in a way that no op unpacks: then the module itself has to be called.
     """
-    if kind.forward is None or type(module).forward is not kind.forward or "forward" in module.__dict__:
+    if is_watched(module):
         return None
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if kind.name == "bnb-4bit":
+        return _nf4_weight(module, dtype)
+    if kind.forward is None or type(module).forward is not kind.forward:
         return None
     weight = cast(Tensor, module.weight)
+    if type(weight) not in PLAIN:  # sharded by DTensor, quantised by torchao: what it is multiplied by is its business
+        return None
     if weight.dtype != dtype and not torch.is_autocast_enabled(weight.device.type):
         return None
     return kind.matrix(weight)
+
+
+def _nf4_weight(module: Any, dtype: torch.dtype) -> PackedWeight | None:
+    """Return the 4-bit weight of a bitsandbytes layer for training; without gradients its own forward is as good."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(module).forward is not Linear4bit.forward:
+        return None
+    state = module.weight.quant_state or module.quant_state
+    # the layer settles on the dtype of its product at the first call, and a CPU may have packed it again for itself
+    if state is None or not module.compute_type_is_set or getattr(state, "packing_format_for_cpu", False):
+        return None
+    if module.compute_dtype not in (None, dtype) or torch.is_autocast_enabled(module.weight.device.type):
+        return None
+    return PackedWeight(module.weight, lambda packed, to: dequantize_4bit(packed, state).to(to), state.shape)

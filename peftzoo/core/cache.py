@@ -8,7 +8,7 @@ as well. What writes through `.data` outside of torch's optimizers has to call `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -29,6 +29,11 @@ def count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(count_step)
 
 
+def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Return what is another whenever `tensors` change; whoever compares it later holds them until then."""
+    return (_steps, *((id(t), t._version, t.device, t.dtype, t.data_ptr()) for t in tensors))
+
+
 class StepCache(Generic[Value]):
     """Keeps one value while the tensors it was derived from stay as they are; a copy of it starts empty."""
 
@@ -39,12 +44,12 @@ class StepCache(Generic[Value]):
     def __init__(self) -> None:
         self.drop()
 
-    def get(self, compute: Callable[[], Value], *tensors: Tensor) -> Value:
-        """Return what `compute` gave, without gradients, for `tensors` as they are now."""
+    def get(self, compute: Callable[[], Value], *tensors: Tensor, settings: Any = None) -> Value:
+        """Return what `compute` gave, without gradients, for `tensors` and `settings` as they are now."""
         if torch.compiler.is_compiling():  # a graph cannot ask what changed: there the value is a part of it
             with torch.no_grad():
                 return compute()
-        state = (_steps, *((id(t), t._version, t.device, t.dtype, t.data_ptr()) for t in tensors))
+        state = (settings, *state_of(tensors))
         if self._value is None or state != self._state:
             with torch.no_grad():
                 self._value = compute()

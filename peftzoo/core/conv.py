@@ -6,13 +6,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftzoo.core.adapter import LinearAdapter
+from peftzoo_kernels import draw_seed, dropped
 
 
-def conv_update(conv: nn.Conv2d, adapter: LinearAdapter, x: Tensor) -> Tensor:
-    """Return what `adapter` adds to `conv(x)`, [n, in, h, w] -> [n, out, h', w'].
+def conv_update(conv: nn.Conv2d, adapter: LinearAdapter, x: Tensor, dropout: float) -> Tensor:
+    """Return what `adapter` adds to `conv(x)`, [n, in, h, w] -> [n, out, h', w']; it sees a part of the entries of x.
 
     A low-rank update is a convolution to r channels and one of a single pixel back, so no patch is ever copied out.
     """
+    x = dropped(x, dropout, draw_seed(x.device)) if dropout else x
     shape = conv.weight.shape
     factors = adapter.factors()
     if factors is None:

@@ -9,7 +9,6 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peftzoo.core.adapter import LinearAdapter, fill_unloaded, unloaded_tensors
 from peftzoo.core.base_layer import layer_kind, plain_weight
@@ -17,7 +16,9 @@ from peftzoo.core.config import ZooConfig
 from peftzoo.core.in_place import InPlace
 from peftzoo.core.names import check_adapter_name
 from peftzoo.core.registry import get_method
+from peftzoo.core.shared_input import Product, SharedInput, fused_output
 from peftzoo.errors import ModelError
+from peftzoo_kernels import Weight
 
 
 class ZooLinear(InPlace):
@@ -32,6 +33,7 @@ class ZooLinear(InPlace):
     """
 
     adapter_layer_names = ("peftzoo_adapter",)
+    shared_input: SharedInput | None = None
     # of BaseTunerLayer, whose types nn.Module's would hide
     active_adapters: list[str]
     set_base_weight: Callable[[Tensor], None]
@@ -114,19 +116,39 @@ class ZooLinear(InPlace):
         """Return the base layer's output plus the updates of the active adapters, [..., in] -> [..., out]."""
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        adapters = [] if self._disable_adapters or self.merged_adapters else self.active()
-        alone = len(adapters) == 1 and not args and not kwargs and not self._drops(adapters[0])
-        weight = plain_weight(self.base_layer, self.kind, x.dtype) if alone else None
+        adapters = self._at_work()
+        weight = None if args or kwargs else self._plain_weight(adapters, x)
         if weight is not None and (held := self.in_place_factors(adapters[0])) is not None:
             return self.in_place_linear(x, held)
         self.release()
-        if weight is not None and (factors := adapters[0].factors()) is not None:
-            return factors.linear(x, weight, cast("Tensor | None", self.base_layer.bias))
+        if weight is not None and (fused := fused_output(self, x, self._product(adapters[0], weight))) is not None:
+            return fused
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            kept = F.dropout(x, adapter.config.dropout) if self._drops(adapter) else x
-            y = y + self.kind.update(self.base_layer, adapter, kept).to(y.dtype)
+            y = y + self.kind.update(self.base_layer, adapter, x, self._dropout(adapter)).to(y.dtype)
         return y
+
+    def product(self, x: Tensor) -> Product | None:
+        """Return what the fused op is to compute of `x`; None where `forward` computes it in another way."""
+        adapters = self._at_work()
+        weight = self._plain_weight(adapters, x)
+        if weight is None or self.in_place_factors(adapters[0]) is not None:
+            return None
+        self.release()
+        return self._product(adapters[0], weight)
+
+    def _at_work(self) -> list[LinearAdapter]:
+        return [] if self._disable_adapters or self.merged_adapters else self.active()
+
+    def _plain_weight(self, adapters: list[LinearAdapter], x: Tensor) -> Weight | None:
+        return plain_weight(self.base_layer, self.kind, x.dtype) if len(adapters) == 1 else None
+
+    def _product(self, adapter: LinearAdapter, weight: Weight) -> Product:
+        def sources() -> list[Tensor]:
+            return [*self.base_layer.parameters(), *adapter.parameters(), *adapter.buffers()]
+
+        bias = cast("Tensor | None", self.base_layer.bias)
+        return Product(weight, bias, self._dropout(adapter), adapter.factors, sources)
 
     def active(self) -> list[LinearAdapter]:
         """Return the active adapters of this layer, merged or not, disabled or not.
@@ -209,8 +231,8 @@ class ZooLinear(InPlace):
         self._unloaded.discard(adapter_name)
         self._uncalibrated.discard(adapter_name)
 
-    def _drops(self, adapter: LinearAdapter) -> bool:
-        return self.training and adapter.config.dropout > 0
+    def _dropout(self, adapter: LinearAdapter) -> float:
+        return adapter.config.dropout if self.training else 0.0
 
     def _require_ready(self, names: list[str]) -> None:
         for name in self._uncalibrated.intersection(names):

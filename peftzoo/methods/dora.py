@@ -5,16 +5,14 @@
 where |.| is the norm of each row of [out, in] (the paper's columns). A and B start as LoRA's, m as |W|, so W' = W at
 the start. As in section 4.3 of the paper, no gradient passes through the norm.
 
-W + D is never made: with row sums of products,
-
-    |W + D|^2 = |W|^2 + 2 scale rows(W A^T * B) + scale^2 rows(B (A A^T) * B),
-
-once per optimizer step and in float32, also under autocast. A row of W that is 0 stays 0; peft divides 0 by 0 there.
+The norms are taken once per optimizer step, without making W + D, and in float32, also under autocast
+(`peftzoo_kernels.row_norms`). A row of W that is 0 stays 0; peft divides 0 by 0 there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +23,19 @@ from peftzoo.core.registry import register
 from peftzoo.core.stock_lora import StockLora
 from peftzoo.low_rank.adapter import ALIASES, LowRank, LowRankConfig
 from peftzoo.low_rank.eva import eva_start
+from peftzoo_kernels import row_norms
 
 
 @dataclass
 class DoraConfig(LowRankConfig):
-    """Settings of DoRA: those of the family."""
+    """Settings of DoRA: those of the family, and what dropout acts on.
+
+    Attributes:
+        dropout_mode: "lora", the input of B A alone, as in LoRA; or "peft", that of the whole scaled product, which
+            takes the frozen product twice.
+    """
+
+    dropout_mode: Literal["lora", "peft"] = "lora"
 
 
 @register(
@@ -57,21 +63,12 @@ class Dora(LowRank):
     def init(self, weight: Tensor) -> None:
         """Set A, B, and m to the norms of the rows of `weight` ([out, in], float32)."""
         super().init(weight)
-        self.m.copy_(row_norms(weight, super().factors()))
+        update = super().factors()
+        self.m.copy_(row_norms(weight, update.a, update.b, update.scale))
 
     def factors(self) -> Factors:
         """Return A [r, in], B [out, r] and m / |W + D| [out]."""
         update = super().factors()
-        norm = self._norm.get(lambda: row_norms(self.frozen_weight(), update), self.a, self.b)
-        return update._replace(out_scale=self.m / norm)
-
-
-def row_norms(weight: Tensor, update: Factors) -> Tensor:
-    """Return |W + D| of each row, [out], at least a tiny number, from W [out, in] and the factors of D."""
-    with torch.autocast(weight.device.type, enabled=False):
-        wide = torch.promote_types(torch.float32, weight.dtype)
-        weight, a, b = weight.to(wide), update.a.to(wide), update.scale * update.b.to(wide)
-        cross = (weight @ a.T * b).sum(1)
-        square = (b @ (a @ a.T) * b).sum(1)
-        total = torch.linalg.vector_norm(weight, dim=1) ** 2 + 2 * cross + square
-        return total.clamp_min(torch.finfo(wide).tiny).sqrt().to(update.b.dtype)
+        a, b, scale = update.a, update.b, update.scale
+        norm = self._norm.get(lambda: row_norms(self.frozen_weight(), a, b, scale), self.a, self.b)
+        return update._replace(out_scale=self.m / norm, drops_all=self.config.dropout_mode == "peft")

@@ -1,0 +1,267 @@
+"""Forward and backward of frozen layers that share their input, with their low-rank updates.
+
+Order of work ("C-first"): the rank-r product is written into the output buffer, then the frozen product is accumulated
+on top of it, so the update costs no pass over y of its own. With h = drop(x) a^T, u = scale * s * h, g = c * dy and
+t = g b, and with v for what c multiplies:
+
+    dc = colsum(dy * v)    ds = scale * colsum(h * t)    db = g^T u    dh = scale * s * t
+    da = dh^T drop(x)      dx = sum_i drop'(dh_i a_i) + g_i W_i
+
+Layers in one call read x once for all h, once for all da, and add up dx in one place. Only a trained `a` needs x, only
+a trained `b` or `s` needs h [m, r], only a trained `c` needs v [m, out]; nothing else of size m is kept: dropout is
+drawn anew from its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftzoo_kernels._registration import differentiable
+from peftzoo_kernels._weight import PackedWeight, Weight, dense, restored, stored
+from peftzoo_kernels.down_grad import down_grad
+from peftzoo_kernels.expand import expand
+from peftzoo_kernels.frozen_product import frozen_product
+from peftzoo_kernels.shrink import shrink
+from peftzoo_kernels.up_grads import up_grads
+
+
+def _given(tensor: Tensor) -> Tensor | None:
+    """Return what a layer has, or None where `nothing` stands for it."""
+    return tensor if tensor.numel() or tensor.dim() > 1 else None
+
+
+def _dense(weight: Weight, x: Tensor) -> Tensor | None:
+    """Return W [out, in] in the dtype of `x`, or None."""
+    if not isinstance(weight, PackedWeight) and _given(weight) is None:
+        return None
+    return dense(weight, x.dtype)
+
+
+def _scaled(h: Tensor, s: Tensor | None, scale: float) -> Tensor:
+    """Return scale * s * h, [m, r]; the factor is rounded once, to the dtype of `h`."""
+    if s is not None:
+        return h * (s * scale).to(h.dtype)
+    return h if scale == 1.0 else h * scale
+
+
+def _slices(b: list[Tensor]) -> list[slice]:
+    """Return where each layer's ranks are among those of all."""
+    ends = [0]
+    for one in b:
+        ends.append(ends[-1] + one.shape[1])
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def _down(a: list[Tensor], x: Tensor) -> Tensor:
+    """Return the down factors of all layers, [sum of r, in]; those of several in the dtype of `x`."""
+    return a[0] if len(a) == 1 else torch.cat([one.to(x.dtype) for one in a])
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _forward(
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    bias: list[Tensor],
+    out_scale: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    keep: bool,
+) -> list[Tensor]:
+    """Return every y [m, out], h of all layers [m, sum of r], and with `keep` every v [m, out], or [0] without c."""
+    if len(seeds) > 1:
+        h = _joined([shrink(x, one, dropout, seed) for one, seed in zip(a, seeds, strict=True)], 1)
+    else:
+        h = shrink(x, _down(a, x), dropout, *seeds)
+    ys, vs = [], []
+    for i, ranks in enumerate(_slices(b)):
+        u = _scaled(h[:, ranks], _given(s[i]), scale[i])
+        y, v = frozen_product(x, _dense(weights[i], x), u, b[i], _given(bias[i]), _given(out_scale[i]), keep)
+        ys.append(y)
+        vs.append(x.new_empty(0) if v is None else v)
+    return [*ys, h, *(vs if keep else [])]
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    bias: list[Tensor],
+    out_scale: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    keep: bool,
+) -> list[Tensor]:
+    ys = [x.new_empty(x.shape[0], one.shape[0]) for one in b]
+    vs = [x.new_empty(0) if _given(c) is None else torch.empty_like(y) for y, c in zip(ys, out_scale, strict=True)]
+    return [*ys, x.new_empty(x.shape[0], sum(one.shape[0] for one in a)), *(vs if keep else [])]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], needed: Sequence[Any]) -> None:
+    x, weights, a, b, s, _, out_scale, ctx.scale, ctx.dropout, seeds, _ = inputs
+    n = len(a)
+    ctx.need_x, ctx.need_a, ctx.need_b, ctx.need_s, ctx.need_c = needed[0], *needed[2:5], needed[6]
+    need_h = any(ctx.need_b) or any(ctx.need_s)
+    ctx.packed = [one if isinstance(one, PackedWeight) else None for one in weights if ctx.need_x]
+    frozen = [stored(one) for one in weights]
+    kept = (
+        [x if any(ctx.need_a) else None, output[n] if need_h else None],
+        frozen if ctx.need_x else [],
+        a if ctx.need_x else [],
+        b,
+        s,
+        out_scale,
+        output[n + 1 :],
+        seeds,
+    )
+    ctx.lengths = [len(tensors) for tensors in kept]
+    ctx.save_for_backward(*(tensor for tensors in kept for tensor in tensors))
+
+
+def _gradients(ctx: Any, dys: list[Tensor | None], backward: Any) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    (x, h), frozen, a, b, s, out_scale, v, seeds = ([next(saved) for _ in range(n)] for n in ctx.lengths)
+    weights = [restored(tensor, packed) for tensor, packed in zip(frozen, ctx.packed, strict=True)]
+    used = [dy is not None for dy in dys]  # a layer whose output was not used has no gradient, as on its own
+    flags = [
+        [need and use for need, use in zip(flag, used, strict=True)]
+        for flag in (ctx.need_a, ctx.need_b, ctx.need_s, ctx.need_c)
+    ]
+    found = iter(backward(dys, x, weights, a, b, s, out_scale, h, v, ctx.scale, ctx.dropout, seeds, *flags))
+    dx = next(found) if ctx.need_x else None
+    none = [None] * len(b)
+    da, db, ds, dc = ([next(found) if one else None for one in flag] for flag in flags)
+    return dx, none, da, db, ds, none, dc, None, None, [None] * len(seeds), None
+
+
+def _backward(
+    dys: list[Tensor | None],
+    x: Tensor | None,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    out_scale: list[Tensor],
+    h: Tensor | None,
+    v: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    need_a: list[bool],
+    need_b: list[bool],
+    need_s: list[bool],
+    need_c: list[bool],
+) -> list[Tensor]:
+    """Return the needed ones of dx [m, in], every da [r, in], every db [out, r], every ds [r], every dc [out]."""
+    given = next(dy for dy in dys if dy is not None)
+    gs, dhs, dbs, dss, dcs = [], [], [], [], []
+    for i, ranks in enumerate(_slices(b)):
+        dy = dys[i]
+        if dy is None:  # this output was not used
+            dy = given.new_zeros(given.shape[0], b[i].shape[0])
+        factor, own = _given(s[i]), None if h is None else h[:, ranks]
+        u = _scaled(own, factor, scale[i]) if need_b[i] and own is not None else None
+        g, t, db, dc = up_grads(dy, b[i], u, _given(out_scale[i]), v[i] if need_c[i] else None)
+        dbs += [] if db is None else [db]
+        dcs += [] if dc is None else [dc]
+        if need_s[i] and own is not None:
+            wide = torch.promote_types(torch.float32, t.dtype)
+            dss.append(scale[i] * (own.to(wide) * t.to(wide)).sum(0))
+        gs.append(g)
+        dhs.append(_scaled(t, factor, scale[i]))
+    needed = []
+    if a:
+        needed.append(_input_gradient(gs, dhs, weights, a, dropout, seeds))
+    if x is not None:
+        needed += [da for da, need in zip(_down_grads(dhs, x, dropout, seeds), need_a, strict=True) if need]
+    return [*needed, *dbs, *dss, *dcs]
+
+
+def _input_gradient(
+    gs: list[Tensor],
+    dhs: list[Tensor],
+    weights: list[Tensor],
+    a: list[Tensor],
+    dropout: float,
+    seeds: list[Tensor],
+) -> Tensor:
+    """Return dx [m, in]: the low-rank terms as one, then every frozen product accumulated on top."""
+    if len(gs) == 1 and not seeds:
+        weight = _dense(weights[0], gs[0])
+        return frozen_product(gs[0], None if weight is None else weight.t(), dhs[0], a[0].t())[0]
+    if len(seeds) > 1:
+        dx = expand(dhs[0], a[0].t(), None, dropout, seeds[0])
+        for dh, one, seed in zip(dhs[1:], a[1:], seeds[1:], strict=True):
+            dx += expand(dh, one.t(), None, dropout, seed)
+    else:
+        dx = expand(_joined(dhs, 1), _down(a, gs[0]).t(), None, dropout, *seeds)
+    for g, packed in zip(gs, weights, strict=True):
+        if (weight := _dense(packed, g)) is not None:
+            dx.addmm_(g, weight)
+    return dx
+
+
+def _down_grads(dhs: list[Tensor], x: Tensor, dropout: float, seeds: list[Tensor]) -> Sequence[Tensor]:
+    """Return da of every layer, [r, in]."""
+    if len(seeds) > 1:
+        return [down_grad(dh, x, dropout, seed) for dh, seed in zip(dhs, seeds, strict=True)]
+    da = down_grad(_joined(dhs, 1), x, dropout, *seeds)
+    return [da] if len(dhs) == 1 else [part.clone() for part in da.split([dh.shape[1] for dh in dhs])]
+
+
+def _backward_fake(
+    dys: list[Tensor | None],
+    x: Tensor | None,
+    weights: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    s: list[Tensor],
+    out_scale: list[Tensor],
+    h: Tensor | None,
+    v: list[Tensor],
+    scale: list[float],
+    dropout: float,
+    seeds: list[Tensor],
+    need_a: list[bool],
+    need_b: list[bool],
+    need_s: list[bool],
+    need_c: list[bool],
+) -> list[Tensor]:
+    dy = next(dy for dy in dys if dy is not None)
+    wide = torch.promote_types(torch.float32, dy.dtype)
+    needed = []
+    if a:
+        needed.append(dy.new_empty(dy.shape[0], a[0].shape[1]))
+    if x is not None:
+        shapes = [(one.shape[1], x.shape[1]) for one, need in zip(b, need_a, strict=True) if need]
+        needed += [dy.new_empty(shape, dtype=wide) for shape in shapes]
+    needed += [dy.new_empty(one.shape, dtype=wide) for one, need in zip(b, need_b, strict=True) if need]
+    needed += [dy.new_empty(one.shape[1], dtype=wide) for one, need in zip(b, need_s, strict=True) if need]
+    needed += [dy.new_empty(one.shape[0], dtype=wide) for one, need in zip(b, need_c, strict=True) if need]
+    return needed
+
+
+low_rank_op = differentiable(
+    "low_rank_linear",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _backward,
+    _backward_fake,
+    _gradients,
+    outputs=lambda _, __, a, *___: len(a),
+)
