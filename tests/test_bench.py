@@ -268,12 +268,14 @@ def test_bench_step(done, tmp_path):  # noqa: F811
     assert "(bar 0.92; built-in model, 2 x 8 tokens, r=4, float32)" in said
     rows = rows_of(tmp_path / "here" / "step.jsonl")
     assert [(row["op"], row["implementation"]) for row in rows] == [
-        *(("step lora", name) for name in ("floor", "peft", "zoo")),
-        *(("step loldu", name) for name in ("floor", "zoo")),
+        *(("step lora", name) for name in ("floor", "peft", "peft-fused", "zoo", "zoo-fused")),
+        *(("step loldu", name) for name in ("floor", "zoo", "zoo-fused")),
     ]
-    assert [row["trained_parameters"] for row in rows[:2]] == [0, rows[2]["trained_parameters"]]
-    assert 0 < rows[2]["max_relative_error"] < 1e-3
-    assert rows[4]["max_relative_error"] is None
+    lora = {row["implementation"]: row for row in rows[:5]}
+    assert lora["floor"]["trained_parameters"] == 0 < lora["zoo"]["trained_parameters"]
+    assert len({row["trained_parameters"] for row in rows[1:5]}) == 1
+    assert all(0 < lora[name]["max_relative_error"] < 1e-3 for name in ("peft-fused", "zoo", "zoo-fused"))
+    assert rows[6]["max_relative_error"] is None
     assert (tmp_path / "here" / "step.png").exists()
 
 
@@ -322,7 +324,7 @@ def test_a_zero_gradient_ends_with_8(run, tmp_path, monkeypatch):  # noqa: F811
 def test_a_wrong_step_ends_with_8(run, monkeypatch):  # noqa: F811
     op = sys.modules["peftzoo.core.adapter"].low_rank_linear
     monkeypatch.setattr("peftzoo.core.adapter.low_rank_linear", lambda *given, **named: 1.1 * op(*given, **named))
-    code, _, err = run("bench", "step", "--batch", 2, "--sequence", 8, "--rounds", 1)
+    code, _, err = run("bench", "step", "--batch", 2, "--sequence", 8, "--rounds", 1, "--only", "zoo")
     assert code == 8
     assert err.startswith("error: zoo: ")
 

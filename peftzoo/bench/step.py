@@ -27,6 +27,7 @@ from peftzoo.bench.report import Row, append, compared
 from peftzoo.bench.timing import Mark, Run, alternate
 from peftzoo.builtin import model_path
 from peftzoo.core.calibrate import calibrate, uncalibrated
+from peftzoo.core.fuse import fuse
 from peftzoo.core.groups import parameter_groups
 from peftzoo.core.peft_methods import prepare
 from peftzoo.core.registry import get_method
@@ -47,6 +48,7 @@ SPELLINGS = {
     "lora_B.default.weight": "b",
     "lora_magnitude_vector.default.weight": "m",
 }
+SHIPPED = (PEFT, f"{PEFT}-fused")  # with the dtypes that peft gives its adapters
 BAR = 0.92  # the most that a step of the built-in model may take of peft's
 # relative error of the loss and every gradient, through all layers
 BOUNDS = {torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.2}
@@ -140,7 +142,8 @@ def plan(settings: StepSettings, device: torch.device) -> list[tuple[str, list[s
         except KeyError as error:
             raise RecipeError(f"--method {error.args[0]}") from None
         half = [f"{PEFT}-half"] if _dtype(settings, device).itemsize == 2 else []
-        there = [FLOOR, *([PEFT, *half, f"{PEFT}-compiled"] if method in STOCK else []), OURS]
+        stock = [PEFT, *half, f"{PEFT}-fused", f"{PEFT}-compiled"] if method in STOCK else []
+        there = [FLOOR, *stock, OURS, f"{OURS}-fused"]
         known.update(there)
         slow = set() if cuda else {f"{PEFT}-compiled"}
         names = chosen(there, settings.only, slow)
@@ -249,9 +252,11 @@ def prepared(name: str, work: Work) -> nn.Module:
     if name == FLOOR:
         model.enable_input_require_grads()
         return model
-    model = _ours(model, work) if name == OURS else _peft(name, model, work)
+    model = _ours(model, work) if name.startswith(OURS) else _peft(name, model, work)
     _fill(model, work.method in STOCK)
-    if name == PEFT and base.dtype.itemsize == 2:  # as trainers run it: float32 adapters under autocast
+    if name.endswith("-fused"):
+        fuse(model)
+    if name in SHIPPED and base.dtype.itemsize == 2:  # as trainers run it: float32 adapters under autocast
         model.forward = torch.autocast(base.device.type, base.dtype)(model.forward)
     if name == f"{PEFT}-compiled":
         torch.compiler.reset()  # what other models compiled counts against the limit of recompilations
@@ -261,7 +266,7 @@ def prepared(name: str, work: Work) -> nn.Module:
 
 def _peft(name: str, model: PreTrainedModel, work: Work) -> nn.Module:
     settings = STOCK[work.method] | {"r": work.rank, "lora_alpha": 2 * work.rank, "target_modules": "all-linear"}
-    return peft.get_peft_model(model, peft.LoraConfig(**settings), autocast_adapter_dtype=name == PEFT)
+    return peft.get_peft_model(model, peft.LoraConfig(**settings), autocast_adapter_dtype=name in SHIPPED)
 
 
 def _ours(model: PreTrainedModel, work: Work) -> nn.Module:
