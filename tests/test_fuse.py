@@ -236,7 +236,11 @@ def test_doras_norm_follows_the_adapter_and_is_taken_once_a_step(llama, tokens, 
         assert len(taken) == layers
         taken.clear()
 
+    def norms():
+        return [layer._norm._value for layer in model.modules() if isinstance(layer, stock_layers.FusedStock)]
+
     check()
+    assert None not in norms()
     for one in (model, theirs):
         optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=1e-2)
         optimizer.step()
@@ -249,12 +253,12 @@ def test_doras_norm_follows_the_adapter_and_is_taken_once_a_step(llama, tokens, 
     other = {name: value * 1.5 for name, value in theirs.state_dict().items()}
     for one in (model, theirs):
         one.load_state_dict(other)
-    norms = [layer._norm._value for layer in model.modules() if isinstance(layer, stock_layers.FusedStock)]
-    assert norms == [None] * layers, "versions alone do not show that gathered copies of shards were loaded"
+    assert norms() == [None] * layers, "versions alone do not show that gathered copies of shards were loaded"
     check()
     for one in (model, theirs):
         one.merge_adapter()
         one.unmerge_adapter()
+    assert norms() == [None] * layers, "peft writes through .data, which versions do not show"
     check()
     for one in (model, theirs):
         for layer in one.modules():
@@ -518,11 +522,13 @@ def test_gradients_autocast_and_inference_are_the_callers(trio, calls):
     other = x.detach().clone().requires_grad_()
     theirs[1](other).sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
-    layers[0](x)
+    shared_input.forget_outputs()
     weight = layers[1].lora_A["default"].weight.requires_grad_(False)
+    layers[0](x)
+    weight.requires_grad_()
     weight.grad = None
     layers[1](x).sum().backward()
-    assert weight.grad is None
+    assert weight.grad is not None
     shared_input.forget_outputs()
     calls.clear()
     with torch.inference_mode():
@@ -871,10 +877,11 @@ def test_different_methods_in_one_block(other, together, llama, tokens, calls):
     assert calls == together
 
 
-def test_a_group_that_comes_to_hold_a_gather_is_computed_layer_by_layer(llama, tokens, calls):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_group_that_comes_to_hold_a_gather_is_computed_layer_by_layer(in_place, llama, tokens, calls):
     model = adapted(peftzoo.get_method("lora"), llama, target_modules=["q_proj", "k_proj"])
     assert len(peftzoo.fuse(model).groups) == 2
-    model.add_adapter("columns", peftzoo.PacaConfig(r=2, target_modules=["k_proj"]))
+    model.add_adapter("columns", peftzoo.PacaConfig(r=2, in_place=in_place, target_modules=["k_proj"]))
     model.base_model.set_adapter(["default", "columns"])
     for layer in zoo_layers(model).values():
         layer.set_adapter(["columns"] if "columns" in layer.peftzoo_adapter else ["default"])
@@ -882,3 +889,8 @@ def test_a_group_that_comes_to_hold_a_gather_is_computed_layer_by_layer(llama, t
     want = step(unfused(model), tokens)
     assert_same(step(model, tokens), want)
     assert calls == []
+    q, k = (zoo_layers(model)[f"{BLOCK}.self_attn.{name}"] for name in ("q_proj", "k_proj"))
+    held = k._held
+    assert (held is not None) == in_place
+    q(torch.randn(4, 32))
+    assert k._held is held, "its columns were taken out for nothing"
