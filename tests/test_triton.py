@@ -222,6 +222,10 @@ def test_the_update_alone_is_right_too():
     assert relative_error(got, want) <= 10 * BOUND[torch.float32]
 
 
+def chosen(tiles, x, sizes):
+    return choose(tiles, x, *(value for name, value in sizes._asdict().items() if name != "dtype"))
+
+
 class TestChoice:
     """Which implementation makes a product."""
 
@@ -229,27 +233,27 @@ class TestChoice:
 
     def test_auto_on_a_cpu_is_the_librarys(self, monkeypatch):
         monkeypatch.delenv("PEFTZOO_BACKEND", raising=False)
-        assert choose("auto", torch.ones(1), self.sizes) is None
+        assert chosen("auto", torch.ones(1), self.sizes) is None
 
     def test_what_the_caller_says_is_taken(self):
-        assert choose(Tiles(16), torch.ones(1), self.sizes) == Tiles(16)
-        assert choose(None, torch.ones(1), self.sizes) is None
+        assert chosen(Tiles(16), torch.ones(1), self.sizes) == Tiles(16)
+        assert chosen(None, torch.ones(1), self.sizes) is None
 
     def test_triton_takes_kernels_that_fit_everywhere(self, monkeypatch):
         monkeypatch.setenv("PEFTZOO_BACKEND", "triton")
-        assert choose("auto", torch.ones(1), self.sizes) == candidates(self.sizes)[0]
+        assert chosen("auto", torch.ones(1), self.sizes) == candidates(self.sizes)[0]
 
     def test_no_kernel_for_float64_nothing_or_large_ranks(self, monkeypatch):
         monkeypatch.setenv("PEFTZOO_BACKEND", "triton")
-        assert choose("auto", torch.ones(1, dtype=torch.float64), self.sizes) is None
-        assert choose("auto", torch.ones(1), self.sizes._replace(r=300)) is None
-        assert choose("auto", torch.ones(1), self.sizes._replace(m=0)) is None
+        assert chosen("auto", torch.ones(1, dtype=torch.float64), self.sizes) is None
+        assert chosen("auto", torch.ones(1), self.sizes._replace(r=300)) is None
+        assert chosen("auto", torch.ones(1), self.sizes._replace(m=0)) is None
 
     def test_triton_without_a_gpu_is_refused(self, monkeypatch):
         monkeypatch.setenv("PEFTZOO_BACKEND", "triton")
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(ValueError, match="no kernel can run on cpu; choose auto, or set TRITON_INTERPRET=1"):
-            choose("auto", torch.ones(1), self.sizes)
+            chosen("auto", torch.ones(1), self.sizes)
 
     def test_the_table_of_the_machine_decides_by_the_nearest_size(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -261,9 +265,9 @@ class TestChoice:
         path.write_text(json.dumps({"rows": dispatch.write_rows(rows)}))
         dispatch._table.cache_clear()
         try:
-            assert choose("auto", torch.ones(1), self.sizes._replace(m=100)) == small
-            assert choose("auto", torch.ones(1), self.sizes._replace(m=4000, r=9)) == large
-            assert choose("auto", torch.ones(1), self.sizes._replace(k=128)) == candidates(self.sizes)[0]
+            assert chosen("auto", torch.ones(1), self.sizes._replace(m=100)) == small
+            assert chosen("auto", torch.ones(1), self.sizes._replace(m=4000, r=9)) == large
+            assert chosen("auto", torch.ones(1), self.sizes._replace(k=128)) == candidates(self.sizes)[0]
         finally:
             dispatch._table.cache_clear()
 

@@ -48,8 +48,10 @@ def differentiable(
         given = [None if dy is None else dy.contiguous() for dy in dys[: ctx.outputs]]
         if all(dy is None for dy in given):
             return tuple(None if length is None else [None] * length for length in ctx.layout)
-        # a backward inside an autocast block would round the float32 gradients
-        with torch.autocast(next(dy for dy in given if dy is not None).device.type, enabled=False):
+        device = next(dy for dy in given if dy is not None).device.type
+        if not torch.is_autocast_enabled(device):
+            return gradients(ctx, given, function)
+        with torch.autocast(device, enabled=False):  # it would round the float32 gradients
             return gradients(ctx, given, function)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], needed: Sequence[Any]) -> None:

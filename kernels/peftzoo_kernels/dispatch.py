@@ -76,19 +76,28 @@ class Sizes(NamedTuple):
 KERNEL_BY_DEFAULT = frozenset({"row_norms"})
 
 
-def choose(tiles: Choice, x: Tensor, sizes: Sizes) -> Tiles | None:
+def choose(
+    tiles: Choice, x: Tensor, product: str, m: int, k: int, n: int, r: int, drops: bool = False
+) -> Tiles | None:
     """Return the tiles of the kernel for a product, or None for the library's.
 
     Args:
         tiles: what the caller wants; "auto" leaves it to the backend in force and the table.
-        x: any tensor of the product, for its device.
-        sizes: of the product.
+        x: a tensor of the product, for its device and dtype.
+        product: its name.
+        m: rows of x.
+        k: columns of the wide input, or 0.
+        n: columns of the wide output, or 0.
+        r: rank.
+        drops: whether there is dropout.
 
     Raises:
         ValueError: the backend is triton and no kernel can run.
     """
     if tiles != "auto":
         return tiles
+    if x.is_cpu and os.environ.get("PEFTZOO_BACKEND") != "triton":  # asked for often, and cheap to answer
+        return None
     if torch.compiler.is_compiling():  # outside of the registered ops, whose insides no graph sees
         return None
     chosen = backend()
@@ -97,10 +106,9 @@ def choose(tiles: Choice, x: Tensor, sizes: Sizes) -> Tiles | None:
             f"PEFTZOO_BACKEND=triton: no kernel can run on {x.device.type}; choose auto, or set TRITON_INTERPRET=1 "
             "before peftzoo is imported"
         )
-    if chosen == "cublas" or x.dtype == torch.float64 or not can_run(x) or not 0 < sizes.r <= 256 or not sizes.m:
+    if chosen == "cublas" or x.dtype == torch.float64 or not can_run(x) or not 0 < r <= 256 or not m:
         return None
-    if chosen == "auto" and not x.is_cuda:
-        return None
+    sizes = Sizes(product, m, k, n, r, x.dtype, drops)
     if (row := _nearest(sizes, _table(_device_name(x)))) is not None:
         return row.tiles if row.tiles is not None or chosen == "auto" else candidates(sizes)[0]
     if chosen == "triton" or sizes.drops or sizes.product in KERNEL_BY_DEFAULT:

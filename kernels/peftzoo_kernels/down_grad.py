@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftzoo_kernels._gemm import mm_float32
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
-from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
+from peftzoo_kernels.dispatch import Choice, Tiles, choose
 from peftzoo_kernels.dropout import dropout_factor, dropped, kept_lanes, threshold
 
 
@@ -26,7 +26,7 @@ def down_grad(dh: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None,
         tiles: of the kernel: n columns (with dropout: counters), m rows at a time, split programs for a column.
     """
     m, k = x.shape
-    cut = choose(tiles, x, Sizes("down_grad", m, k, 0, dh.shape[1], x.dtype, seed is not None))
+    cut = choose(tiles, x, "down_grad", m, k, 0, dh.shape[1], seed is not None)
     if cut is None:
         return mm_float32(dh.t(), x if seed is None else dropped(x, p, seed))
     return _launch(dh, x, p, seed, cut)

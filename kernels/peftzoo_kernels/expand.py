@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
-from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
+from peftzoo_kernels.dispatch import Choice, Tiles, choose
 from peftzoo_kernels.dropout import dropout_factor, dropped, kept_lanes, threshold
 
 
@@ -34,7 +34,7 @@ def expand(
         tiles: of the kernel: m rows, n columns (with dropout: counters) at a time.
     """
     (m, r), n = u.shape, b.shape[0]
-    cut = choose(tiles, u, Sizes("expand", m, 0, n, r, u.dtype, seed is not None))
+    cut = choose(tiles, u, "expand", m, 0, n, r, seed is not None)
     if cut is None:
         b_t = b.to(u.dtype).t()
         c = u @ b_t if bias is None else torch.addmm(bias.to(u.dtype), u, b_t)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
-from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
+from peftzoo_kernels.dispatch import Choice, Tiles, choose
 from peftzoo_kernels.expand import expand
 
 
@@ -39,7 +39,7 @@ def frozen_product(
         tiles: of the kernel: m rows, n columns, k summands at a time.
     """
     (m, k), (n, r) = x.shape if weight is not None else (0, 0), b.shape
-    cut = None if weight is None else choose(tiles, x, Sizes("frozen_product", m, k, n, r, x.dtype))
+    cut = None if weight is None else choose(tiles, x, "frozen_product", m, k, n, r)
     if cut is not None and weight is not None:
         return _launch(x, weight, u, b, bias, out_scale, keep and out_scale is not None, cut)
     v = expand(u, b, bias if out_scale is None else None)

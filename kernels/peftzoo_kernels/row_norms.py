@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftzoo_kernels._triton import block, jit, launch, tl
-from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
+from peftzoo_kernels.dispatch import Choice, Tiles, choose
 
 
 def row_norms_ref(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -41,8 +41,8 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, *, tiles
             "[out, in], a [r, in], b [out, r]"
         )
     wide = torch.promote_types(torch.float32, torch.promote_types(weight.dtype, a.dtype))
-    sizes = Sizes("row_norms", b.shape[0], a.shape[1], 0, a.shape[0], weight.dtype)
-    cut = choose(tiles, weight, sizes) if wide == torch.float32 else None
+    (n, r), k = b.shape, a.shape[1]
+    cut = choose(tiles, weight, "row_norms", n, k, 0, r) if wide == torch.float32 else None
     with torch.no_grad():
         if cut is None:
             squares = _squares(weight.to(wide), a.to(wide), scale * b.to(wide))

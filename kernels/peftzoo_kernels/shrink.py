@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
-from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
+from peftzoo_kernels.dispatch import Choice, Tiles, choose
 from peftzoo_kernels.dropout import dropout_factor, dropped, kept_lanes, threshold
 
 
@@ -25,7 +25,7 @@ def shrink(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None, *, 
         tiles: of the kernel: m rows, k columns (with dropout: counters) at a time, split programs for a row.
     """
     m, k = x.shape
-    cut = choose(tiles, x, Sizes("shrink", m, k, 0, a.shape[0], x.dtype, seed is not None))
+    cut = choose(tiles, x, "shrink", m, k, 0, a.shape[0], seed is not None)
     if cut is None:
         return (x if seed is None else dropped(x, p, seed)) @ a.to(x.dtype).t()
     return _launch(x, a, p, seed, cut)

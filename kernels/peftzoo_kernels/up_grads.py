@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftzoo_kernels._gemm import mm_float32
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
-from peftzoo_kernels.dispatch import Choice, Sizes, Tiles, choose
+from peftzoo_kernels.dispatch import Choice, Tiles, choose
 
 _BLOCK = 256  # rows that stay in a CPU's cache
 
@@ -57,11 +57,11 @@ def up_grads(
     (m, n), r = dy.shape, b.shape[1]
     # for t alone the library's product reads dy once as well
     alone = u is None and c is None
-    cut = None if alone else choose(tiles, dy, Sizes("up_grads", m, 0, n, r, dy.dtype))
+    cut = None if alone else choose(tiles, dy, "up_grads", m, 0, n, r)
     if cut is not None:
         return _launch(dy, b, u, c, v, cut)
     g = dy if c is None else torch.mul(dy, c, out=torch.empty_like(dy))  # in float32, rounded once
-    db = None if u is None else _by_blocks(g, u) if g.is_cpu else mm_float32(g.t(), u)
+    db = None if u is None else _by_blocks(g, u) if g.is_cpu and m > _BLOCK else mm_float32(g.t(), u)
     return UpGrads(g, g @ b.to(g.dtype), db, None if v is None else _column_sums(dy, v))
 
 
