@@ -1,7 +1,7 @@
 """Fused low-rank products for adapter layers.
 
 Each op has a plain-torch reference beside it; `OPS` lists them for the tests and the benchmarks. The package needs
-torch alone: it knows neither peft nor peftzoo.
+torch and numpy alone: it knows neither peft nor peftzoo.
 """
 
 from peftzoo_kernels._backend import BACKENDS, backend

@@ -24,10 +24,13 @@ from torch import Tensor
 from peftzoo_kernels._registration import differentiable
 from peftzoo_kernels._weight import PackedWeight, Weight, dense, restored, stored
 from peftzoo_kernels.down_grad import down_grad
+from peftzoo_kernels.dropout import keep_mask
 from peftzoo_kernels.expand import expand
 from peftzoo_kernels.frozen_product import frozen_product
 from peftzoo_kernels.shrink import shrink
 from peftzoo_kernels.up_grads import up_grads
+
+Chance = tuple[Tensor | None, Tensor | None]  # seed of a dropout, and its mask if it is at hand
 
 
 def _given(tensor: Tensor) -> Tensor | None:
@@ -184,10 +187,14 @@ def _backward(
         gs.append(g)
         dhs.append(_scaled(t, factor, scale[i]))
     needed = []
+    # kernels draw as they go; torch's way takes one mask for both products
+    twice = a and x is not None and given.is_cpu
+    keeps = [keep_mask(one, given.shape[0], a[0].shape[1], dropout) if twice else None for one in seeds]
+    chances = list(zip(seeds, keeps, strict=True))
     if a:
-        needed.append(_input_gradient(gs, dhs, weights, a, dropout, seeds))
+        needed.append(_input_gradient(gs, dhs, weights, a, dropout, chances))
     if x is not None:
-        needed += [da for da, need in zip(_down_grads(dhs, x, dropout, seeds), need_a, strict=True) if need]
+        needed += [da for da, need in zip(_down_grads(dhs, x, dropout, chances), need_a, strict=True) if need]
     return [*needed, *dbs, *dss, *dcs]
 
 
@@ -197,30 +204,34 @@ def _input_gradient(
     weights: list[Tensor],
     a: list[Tensor],
     dropout: float,
-    seeds: list[Tensor],
+    chances: Sequence[Chance],
 ) -> Tensor:
     """Return dx [m, in]: the low-rank terms as one, then every frozen product accumulated on top."""
-    if len(gs) == 1 and not seeds:
+    if len(gs) == 1 and not chances:
         weight = _dense(weights[0], gs[0])
         return frozen_product(gs[0], None if weight is None else weight.t(), dhs[0], a[0].t())[0]
-    if len(seeds) > 1:
-        dx = expand(dhs[0], a[0].t(), None, dropout, seeds[0])
-        for dh, one, seed in zip(dhs[1:], a[1:], seeds[1:], strict=True):
-            dx += expand(dh, one.t(), None, dropout, seed)
+    if len(chances) > 1:
+        dx = expand(dhs[0], a[0].t(), None, dropout, *chances[0])
+        for dh, one, chance in zip(dhs[1:], a[1:], chances[1:], strict=True):
+            dx += expand(dh, one.t(), None, dropout, *chance)
     else:
-        dx = expand(_joined(dhs, 1), _down(a, gs[0]).t(), None, dropout, *seeds)
+        dx = expand(_joined(dhs, 1), _down(a, gs[0]).t(), None, dropout, *_only(chances))
     for g, packed in zip(gs, weights, strict=True):
         if (weight := _dense(packed, g)) is not None:
             dx.addmm_(g, weight)
     return dx
 
 
-def _down_grads(dhs: list[Tensor], x: Tensor, dropout: float, seeds: list[Tensor]) -> Sequence[Tensor]:
+def _down_grads(dhs: list[Tensor], x: Tensor, dropout: float, chances: Sequence[Chance]) -> Sequence[Tensor]:
     """Return da of every layer, [r, in]."""
-    if len(seeds) > 1:
-        return [down_grad(dh, x, dropout, seed) for dh, seed in zip(dhs, seeds, strict=True)]
-    da = down_grad(_joined(dhs, 1), x, dropout, *seeds)
+    if len(chances) > 1:
+        return [down_grad(dh, x, dropout, *chance) for dh, chance in zip(dhs, chances, strict=True)]
+    da = down_grad(_joined(dhs, 1), x, dropout, *_only(chances))
     return [da] if len(dhs) == 1 else [part.clone() for part in da.split([dh.shape[1] for dh in dhs])]
+
+
+def _only(chances: Sequence[Chance]) -> Chance:
+    return chances[0] if chances else (None, None)
 
 
 def _backward_fake(

@@ -15,7 +15,15 @@ from peftzoo_kernels.dispatch import Choice, Tiles, choose
 from peftzoo_kernels.dropout import dropout_factor, dropped, kept_lanes, threshold
 
 
-def down_grad(dh: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None, *, tiles: Choice = "auto") -> Tensor:
+def down_grad(
+    dh: Tensor,
+    x: Tensor,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    keep: Tensor | None = None,
+    *,
+    tiles: Choice = "auto",
+) -> Tensor:
     """Return dh^T drop(x), [r, k], accumulated and returned in at least float32.
 
     Args:
@@ -23,12 +31,13 @@ def down_grad(dh: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None,
         x: [m, k], in the dtype of `dh`.
         p: share of the entries of `x` that is dropped.
         seed: of the dropout, an int64 scalar; None drops nothing.
+        keep: the mask of that, if it is at hand; no kernel wants it.
         tiles: of the kernel: n columns (with dropout: counters), m rows at a time, split programs for a column.
     """
     m, k = x.shape
     cut = choose(tiles, x, "down_grad", m, k, 0, dh.shape[1], seed is not None)
     if cut is None:
-        return mm_float32(dh.t(), x if seed is None else dropped(x, p, seed))
+        return mm_float32(dh.t(), x if seed is None else dropped(x, p, seed, keep))
     return _launch(dh, x, p, seed, cut)
 
 

@@ -20,6 +20,7 @@ def expand(
     bias: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
+    keep: Tensor | None = None,
     *,
     tiles: Choice = "auto",
 ) -> Tensor:
@@ -31,6 +32,7 @@ def expand(
         bias: [n], likewise; not together with a seed.
         p: share of the entries of u b^T that is dropped.
         seed: of the dropout, an int64 scalar; None drops nothing.
+        keep: the mask of that, if it is at hand; no kernel wants it.
         tiles: of the kernel: m rows, n columns (with dropout: counters) at a time.
     """
     (m, r), n = u.shape, b.shape[0]
@@ -38,7 +40,7 @@ def expand(
     if cut is None:
         b_t = b.to(u.dtype).t()
         c = u @ b_t if bias is None else torch.addmm(bias.to(u.dtype), u, b_t)
-        return c if seed is None else dropped(c, p, seed)
+        return c if seed is None else dropped(c, p, seed, keep)
     return _launch(u, b, bias, p, seed, cut)
 
 

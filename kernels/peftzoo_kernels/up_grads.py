@@ -16,7 +16,7 @@ from peftzoo_kernels._gemm import mm_float32
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
 from peftzoo_kernels.dispatch import Choice, Tiles, choose
 
-_BLOCK = 256  # rows that stay in a CPU's cache
+_BLOCK = 64  # rows that stay in a CPU's cache
 
 
 class UpGrads(NamedTuple):
@@ -61,17 +61,8 @@ def up_grads(
     if cut is not None:
         return _launch(dy, b, u, c, v, cut)
     g = dy if c is None else torch.mul(dy, c, out=torch.empty_like(dy))  # in float32, rounded once
-    db = None if u is None else _by_blocks(g, u) if g.is_cpu and m > _BLOCK else mm_float32(g.t(), u)
+    db = None if u is None else mm_float32(g.t(), u)
     return UpGrads(g, g @ b.to(g.dtype), db, None if v is None else _column_sums(dy, v))
-
-
-def _by_blocks(g: Tensor, u: Tensor) -> Tensor:
-    """Return g^T u, [n, r], block by block of rows: a CPU's BLAS takes half the time for it."""
-    m, wide = g.shape[0], torch.promote_types(torch.float32, g.dtype)
-    whole = m // _BLOCK * _BLOCK
-    parts = [part.unflatten(0, (-1, _BLOCK)).to(wide) for part in (u[:whole], g[:whole])]
-    db = torch.bmm(parts[0].transpose(1, 2), parts[1]).sum(0)
-    return (db if whole == m else db.addmm_(u[whole:].t().to(wide), g[whole:].to(wide))).t().contiguous()
 
 
 def _column_sums(dy: Tensor, v: Tensor) -> Tensor:
@@ -79,9 +70,9 @@ def _column_sums(dy: Tensor, v: Tensor) -> Tensor:
     wide = torch.promote_types(torch.float32, dy.dtype)
     if not dy.is_cpu:
         return (dy.to(wide) * v).sum(0)
-    sums = dy.new_zeros(min(_BLOCK // 4, dy.shape[0]), dy.shape[1], dtype=wide)
-    for start in range(0, dy.shape[0], _BLOCK // 4):
-        rows = slice(start, start + _BLOCK // 4)
+    sums = dy.new_zeros(min(_BLOCK, dy.shape[0]), dy.shape[1], dtype=wide)
+    for start in range(0, dy.shape[0], _BLOCK):
+        rows = slice(start, start + _BLOCK)
         sums[: dy[rows].shape[0]].addcmul_(dy[rows].to(wide), v[rows].to(wide))
     return sums.sum(0)
 
