@@ -150,7 +150,7 @@ _SHIPPED: dict[tuple[str, bool], tuple[tuple[int, tuple[str, ...] | None, Tiles]
     ("up_grads", False): (
         (64, None, Tiles(32, 64, 0, 4, 1, 8)),
         (32, _CUDA, Tiles(64, 128, 0, 8, 2, 8)),
-        (256, None, Tiles(32, 64, 0, 8, 1, 8)),
+        (256, None, Tiles(32, 32, 0, 8, 1, 8)),
     ),
     ("frozen_product", False): (
         (256, None, Tiles(64, 64, 32)),
