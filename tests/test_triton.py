@@ -14,7 +14,17 @@ import pytest
 import torch
 from test_ops import BOUND, assert_near, cast, gradient_of, make, relative_error, run
 
-from peftzoo_kernels import OPS, _triton, dispatch, draw_seed, dropped, low_rank_linear, row_norms, row_norms_ref
+from peftzoo_kernels import (
+    OPS,
+    _triton,
+    basis_lanes,
+    dispatch,
+    draw_seed,
+    dropped,
+    low_rank_linear,
+    row_norms,
+    row_norms_ref,
+)
 from peftzoo_kernels.dispatch import Sizes, Tiles, candidates, choose
 from peftzoo_kernels.down_grad import down_grad
 from peftzoo_kernels.expand import expand
@@ -24,7 +34,8 @@ from peftzoo_kernels.shrink import shrink
 from peftzoo_kernels.up_grads import up_grads
 
 DTYPES = [torch.float32, torch.float16]
-SHAPES = [(1, 16, 33, 1), (65, 100, 136, 5), (64, 192, 16, 16), (70, 96, 64, 17)]  # (m, in, out, r)
+# (m, in, out, r), some of them one more than whole tiles
+SHAPES = [(1, 16, 33, 1), (65, 100, 136, 5), (64, 192, 16, 16), (70, 96, 64, 17), (33, 65, 49, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +145,15 @@ def test_kernels_drop_what_torch_drops():
         seed = draw_seed("cpu")
         shown = expand(torch.ones(50, 1), torch.ones(n, 1), None, p, seed, tiles=Tiles(32, 16))
         assert torch.equal(shown, dropped(torch.ones(50, n), p, seed))
+
+
+@pytest.mark.parametrize("lane", range(8))
+def test_kernels_keep_a_lane_at_the_threshold(lane):
+    seed = torch.tensor(11)
+    p = (basis_lanes(11, 1, 64).transpose(2, 3).flatten(1)[0, 8 * lane].item() & 0xFFFF) / 65536
+    shown = expand(torch.ones(1, 1), torch.ones(64, 1), None, p, seed, tiles=Tiles(32, 16))
+    assert shown[0, 8 * lane] > 0
+    assert torch.equal(shown, dropped(torch.ones(1, 64), p, seed))
 
 
 def test_sums_of_parts_are_the_same_bits_every_time():
