@@ -20,6 +20,7 @@ from helpers import make_conv_net, make_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftzoo
+from peftzoo.core import shared_input
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +68,19 @@ def method(request):
 def zoo_method(request):
     """Every method of our own: those with an adapter class and the zoo's file format."""
     return peftzoo.get_method(request.param)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of layers in each call that `peftzoo.fuse` makes of the op for groups."""
+    found = []
+    op = shared_input.grouped_low_rank_linear
+
+    def counted(x, layers, dropout):
+        assert shared_input._kept_here.outputs is None, "outputs of before are kept while others are made"
+        found.append(len(layers))
+        return op(x, layers, dropout)
+
+    monkeypatch.setattr(shared_input, "grouped_low_rank_linear", counted)
+    yield found
+    assert shared_input._kept_here.outputs is None, "an output was left lying"

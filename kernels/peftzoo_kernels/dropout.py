@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from peftzoo_kernels._triton import jit, tl, tl_philox
 from peftzoo_kernels.basis import basis_lanes
+from peftzoo_kernels.philox import philox_rows
 
 LANES = 8
 _CHUNK = 1 << 14  # counters drawn at a time, so that they stay in cache
 _ROUNDS = 7
-_MASK = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
@@ -53,7 +52,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     for first in range(0, rows, many := max(1, _CHUNK // max(counters, 1))):
         block = keep[first : first + many]
         if seed.is_cpu:
-            halves = torch.from_numpy(_words(int(seed), block.shape[0], counters, first).view(np.int16))
+            halves = torch.from_numpy(philox_rows(int(seed), block.shape[0], counters, first, _ROUNDS).view(np.int16))
             lanes = halves.view(-1, 4, counters, 2)
         else:
             lanes = basis_lanes(seed, block.shape[0], LANES * counters, first, device=seed.device)
@@ -61,27 +60,6 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         for half in (0, 1):
             torch.ge(lanes[..., half], least, out=block[:, half::2])
     return keep.flatten(1)[:, :columns]
-
-
-def _words(key: int, rows: int, counters: int, first: int) -> NDArray[np.uint32]:
-    """Return the words of the counters (j, i, 0, 0) for rows i from `first` on, [rows, 4, counters].
-
-    A CPU does small integer arrays faster in numpy than in torch, and large ones no slower.
-    """
-    c0 = np.arange(counters, dtype=np.uint64)[None]
-    c1 = np.arange(first, first + rows, dtype=np.uint64)[:, None]
-    c2 = c3 = np.zeros((1, 1), np.uint64)
-    key0, key1 = key & _MASK, (key >> 32) & _MASK
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0 = (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(key0)
-        c2 = (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(key1)
-        c1, c3 = product1 & np.uint64(_MASK), product0 & np.uint64(_MASK)
-        key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
-    words = np.empty((rows, 4, counters), np.uint32)
-    for place, word in enumerate((c0, c1, c2, c3)):
-        words[:, place] = word
-    return words
 
 
 def dropped(x: Tensor, p: float, seed: Tensor, keep: Tensor | None = None) -> Tensor:

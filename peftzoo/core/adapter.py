@@ -124,6 +124,8 @@ class LinearAdapter(nn.Module, ABC):
 
     def with_dropout(self, x: Tensor, dropout: float) -> Tensor:
         """Return the update of the output when a share `dropout` of the entries of x is kept from it."""
+        if not dropout:
+            return cast(Tensor, self(x))
         factors = self.factors()
         if factors is None or factors.drops_all:
             return cast(Tensor, self(dropped(x, dropout, draw_seed(x.device))))

@@ -34,9 +34,7 @@ class LayerKind:
     matches: Callable[[nn.Module], bool]
     transposed: bool = False
     forward: Callable[..., Tensor] | None = None
-    update: Callable[[Any, LinearAdapter, Tensor, float], Tensor] = lambda _, adapter, x, dropout: (
-        adapter.with_dropout(x, dropout) if dropout else adapter(x)
-    )
+    update: Callable[[Any, LinearAdapter, Tensor, float], Tensor] = lambda _, adapter, x, p: adapter.with_dropout(x, p)
 
     def __reduce__(self) -> tuple[Callable[[str], LayerKind], tuple[str]]:
         return _kind_of_name, (self.name,)  # pickled by name: the predicates are functions of this file
