@@ -36,7 +36,8 @@ def differentiable(
         setup_context: `(ctx, inputs, forward's list, needed)` -> saves for the backward what is worth its memory.
         backward: annotated function returning the list of the gradients that are needed, in order.
         backward_fake: the same for fake tensors.
-        gradients: `(ctx, gradients of the outputs, backward)` -> the gradient of each input of `forward`, or None.
+        gradients: `(ctx, gradients of the outputs, backward)` -> the gradient of each input of `forward`, or None; for
+            a list of tensors a list, or None.
         outputs: how many of forward's tensors are outputs, from its inputs.
     """
     op = torch.library.custom_op(f"peftzoo::{name}", forward, mutates_args=())
@@ -46,21 +47,32 @@ def differentiable(
 
     def pull_back(ctx: Any, dys: Sequence[Tensor | None], function: Callable[..., list[Tensor]]) -> tuple[Any, ...]:
         given = [None if dy is None else dy.contiguous() for dy in dys[: ctx.outputs]]
-        if all(dy is None for dy in given):
-            return tuple(None if length is None else [None] * length for length in ctx.layout)
-        device = next(dy for dy in given if dy is not None).device.type
-        if not torch.is_autocast_enabled(device):
-            return gradients(ctx, given, function)
-        with torch.autocast(device, enabled=False):  # it would round the float32 gradients
-            return gradients(ctx, given, function)
+        some = next((dy for dy in given if dy is not None), None)
+        if some is None:
+            found: Sequence[Any] = [None] * len(ctx.layout)
+        elif not torch.is_autocast_enabled(device := some.device.type):
+            found = gradients(ctx, given, function)
+        else:
+            with torch.autocast(device, enabled=False):  # it would round the float32 gradients
+                found = gradients(ctx, given, function)
+        return tuple(
+            [[None] * n if n is not None and one is None else one for n, one in zip(ctx.layout, found, strict=True)]
+        )
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], needed: Sequence[Any]) -> None:
+    def setup(
+        ctx: Any,
+        inputs: tuple[Any, ...],
+        output: list[Tensor],
+        layout: tuple[int | None, ...],
+        needed: Sequence[Any],
+    ) -> None:
         ctx.set_materialize_grads(False)
-        ctx.outputs, ctx.layout = outputs(*inputs), _layout(inputs)
+        ctx.outputs, ctx.layout = outputs(*inputs), layout
         setup_context(ctx, inputs, output, needed)
 
     def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        setup(ctx, inputs, output, _nested(_layout(inputs), ctx.needs_input_grad))
+        layout = _layout(inputs)
+        setup(ctx, inputs, output, layout, _nested(layout, ctx.needs_input_grad))
 
     def registered_backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, ...]:
         return pull_back(ctx, dys, backward_op)
@@ -69,11 +81,11 @@ def differentiable(
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, layout: tuple[int | None, ...], *flat: Any) -> tuple[Tensor, ...]:
-            inputs = _nested(layout, flat)
+        def forward(ctx: Any, inputs: tuple[Any, ...], layout: tuple[int | None, ...], *_: Any) -> tuple[Tensor, ...]:
             output = forward(*inputs)
-            setup(ctx, inputs, output, _nested(layout, ctx.needs_input_grad[1:]))
-            ctx.mark_non_differentiable(*output[ctx.outputs :])
+            setup(ctx, inputs, output, layout, _nested(layout, ctx.needs_input_grad[2:]))
+            if len(output) > ctx.outputs:
+                ctx.mark_non_differentiable(*output[ctx.outputs :])
             return tuple(output)
 
         @staticmethod
@@ -81,7 +93,7 @@ def differentiable(
             if torch.is_grad_enabled():  # create_graph=True: a silently constant gradient would be worse
                 raise RuntimeError(f"{name} has no second derivative; PEFTZOO_BACKEND=eager has one")
             found = pull_back(ctx, dys, backward)
-            return None, *_flat(ctx.layout, found)
+            return None, None, *_flat(ctx.layout, found)
 
     Eager.__name__ = Eager.__qualname__ = name
 
@@ -89,7 +101,8 @@ def differentiable(
         if torch.compiler.is_compiling():
             return op(*inputs)[: outputs(*inputs)]
         layout = _layout(inputs)
-        output: tuple[Tensor, ...] = Eager.apply(layout, *_flat(layout, inputs))  # type: ignore[no-untyped-call]
+        # autograd sees tensors only where they stand by themselves
+        output: tuple[Tensor, ...] = Eager.apply(inputs, layout, *_flat(layout, inputs))  # type: ignore[no-untyped-call]
         return list(output[: outputs(*inputs)])
 
     return call
@@ -98,8 +111,10 @@ def differentiable(
 def _layout(inputs: Sequence[Any]) -> tuple[int | None, ...]:
     """Return the length of each input that is a list of tensors, None for any other."""
     return tuple(
-        len(value) if isinstance(value, list) and not (value and isinstance(value[0], (bool, int, float))) else None
-        for value in inputs
+        [
+            len(value) if type(value) is list and not (value and type(value[0]) in (bool, int, float)) else None
+            for value in inputs
+        ]
     )
 
 

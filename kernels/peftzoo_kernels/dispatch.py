@@ -76,6 +76,11 @@ class Sizes(NamedTuple):
 KERNEL_BY_DEFAULT = frozenset({"row_norms"})
 
 
+def library_only(x: Tensor) -> bool:
+    """Whether no kernel comes into question, whatever the product: on a CPU, unless it is to interpret them."""
+    return x.is_cpu and os.environ.get("PEFTZOO_BACKEND") != "triton"
+
+
 def choose(
     tiles: Choice, x: Tensor, product: str, m: int, k: int, n: int, r: int, drops: bool = False
 ) -> Tiles | None:
@@ -96,7 +101,7 @@ def choose(
     """
     if tiles != "auto":
         return tiles
-    if x.is_cpu and os.environ.get("PEFTZOO_BACKEND") != "triton":  # asked for often, and cheap to answer
+    if library_only(x):
         return None
     if torch.compiler.is_compiling():  # outside of the registered ops, whose insides no graph sees
         return None

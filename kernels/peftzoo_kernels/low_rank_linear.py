@@ -8,7 +8,7 @@ The order of work and the gradients are in `_low_rank_op`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,25 +131,38 @@ def grouped_low_rank_linear(
     Raises:
         ValueError: as for `low_rank_linear`.
     """
+    trains_base = False
     for layer in layers:
         _check(x, *layer)
+        weight, bias = layer.weight, layer.bias
+        trains_base |= (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        if (weight is None) != (layers[0].weight is None):
+            raise ValueError("low_rank_linear: of the layers of a group all have a weight, or none")
     x = x.to(compute_dtype(x))
     if not threshold(dropout):
         seeds = None
     elif seeds is None:
         seeds = [draw_seed(x.device) for _ in layers]
-    trains_base = any(
-        part is not None and part.requires_grad for layer in layers for part in (layer.weight, layer.bias)
-    )
     if trains_base or backend() == "eager":
         return grouped_low_rank_linear_ref(x, layers, dropout, seeds)
-    rows = x.reshape(-1, x.shape[-1])
-    nothing = x.new_empty(0)  # stands for what a layer does not have: an op's list holds tensors alone
-    columns = [[nothing if part is None else part for part in column] for column in zip(*layers, strict=True)]
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    columns = [_column(parts, x) for parts in zip(*layers, strict=True)]
     # what the op returns for its backward alone is decided here, where a graph can see it
     keep = torch.is_grad_enabled() and any(one.requires_grad for one in columns[5])
+    keep = keep and not _told_by_output(rows, layers)
     ys = low_rank_op(rows, *columns, dropout, list(seeds or ()), keep)
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _column(parts: Sequence[Any], x: Tensor) -> list[Any]:
+    """Return one part of all layers as an op's list holds it, of tensors alone: none where no layer has the part."""
+    missing = [part is None for part in parts]
+    if not any(missing):
+        return list(parts)
+    if all(missing):
+        return []
+    nothing = x.new_empty(0)
+    return [nothing if part is None else part for part in parts]
 
 
 def _spread(seeds: Sequence[Tensor] | None, count: int) -> Sequence[Tensor | None]:
@@ -157,6 +170,14 @@ def _spread(seeds: Sequence[Tensor] | None, count: int) -> Sequence[Tensor | Non
     if not seeds:
         return [None] * count
     return list(seeds) * count if len(seeds) == 1 else seeds
+
+
+def _told_by_output(x: Tensor, layers: Sequence[LowRankLayer]) -> bool:
+    """Whether a backward can do with y where it wants what a trained out_scale multiplies (see `_low_rank_op`)."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.dtype.itemsize < 4:
+        return False
+    without_bias = all(one.bias is None for one in layers if one.out_scale is not None)
+    return without_bias and any(one.a.requires_grad for one in layers)
 
 
 def _check(
@@ -169,14 +190,20 @@ def _check(
     out_scale: Tensor | None,
     scale: float,
 ) -> None:
-    shapes = f"x {list(x.shape)}, a {list(a.shape)}, b {list(b.shape)}"
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[1] != x.shape[-1]:
-        raise ValueError(f"low_rank_linear: {shapes} do not chain; want x [..., in], a [r, in], b [out, r]")
-    if weight is not None and weight.shape != (b.shape[0], a.shape[1]):
-        raise ValueError(f"low_rank_linear: weight {list(weight.shape)} is not [out, in] of {shapes}")
-    if s is not None and s.shape != (a.shape[0],):
-        raise ValueError(f"low_rank_linear: s {list(s.shape)} is not [r] of {shapes}")
-    if bias is not None and (weight is None or bias.shape != (b.shape[0],)):
-        raise ValueError(f"low_rank_linear: bias {list(bias.shape)} needs a weight and the shape [out] of {shapes}")
-    if out_scale is not None and out_scale.shape != (b.shape[0],):
-        raise ValueError(f"low_rank_linear: out_scale {list(out_scale.shape)} is not [out] of {shapes}")
+    k, r, n = x.shape[-1], a.shape[0], b.shape[0]
+    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != r or a.shape[1] != k:
+        raise ValueError(f"low_rank_linear: {_said(x, a, b)} do not chain; want x [..., in], a [r, in], b [out, r]")
+    if weight is not None and weight.shape != (n, k):
+        raise ValueError(f"low_rank_linear: weight {list(weight.shape)} is not [out, in] of {_said(x, a, b)}")
+    if s is not None and s.shape != (r,):
+        raise ValueError(f"low_rank_linear: s {list(s.shape)} is not [r] of {_said(x, a, b)}")
+    if bias is not None and (weight is None or bias.shape != (n,)):
+        raise ValueError(
+            f"low_rank_linear: bias {list(bias.shape)} needs a weight and the shape [out] of {_said(x, a, b)}"
+        )
+    if out_scale is not None and out_scale.shape != (n,):
+        raise ValueError(f"low_rank_linear: out_scale {list(out_scale.shape)} is not [out] of {_said(x, a, b)}")
+
+
+def _said(x: Tensor, a: Tensor, b: Tensor) -> str:
+    return f"x {list(x.shape)}, a {list(a.shape)}, b {list(b.shape)}"
