@@ -17,7 +17,7 @@ from train_helpers import ROWS, builtin_model, cpu, encoder, read_events, small_
 
 import peftzoo
 from peftzoo.errors import CheckpointError, DataError, MemoryLimitError, ModelError, NonFiniteError
-from peftzoo.train import causal_lm
+from peftzoo.train import causal_lm, loop
 from peftzoo.train.check import check
 from peftzoo.train.evaluation import Sample, exact_match, generate, mean_loss
 from peftzoo.train.loop import train
@@ -153,6 +153,17 @@ def test_same_seed_repeats_to_the_bit_and_another_does_not():
 def test_every_kind_of_method_runs(method):
     result = train(small_recipe(f"method={{name: {method}}}", "train.learning_rate=auto"))
     assert result.after.metrics["eval_loss"] < result.before.metrics["eval_loss"]
+
+
+def test_layers_on_one_input_are_computed_in_one_call(calls, monkeypatch):
+    shared = train(small_recipe("output.dir=shared"))
+    assert calls
+    assert set(calls) == {2, 3}, "gate and up; q, k and v"
+    made = len(calls)
+    monkeypatch.setattr(loop, "share_inputs", lambda model: None)
+    apart = train(small_recipe("output.dir=apart"))
+    assert len(calls) == made
+    torch.testing.assert_close(adapter(shared.folder / "final"), adapter(apart.folder / "final"), rtol=1e-3, atol=1e-5)
 
 
 def test_penalty_of_a_method_reaches_the_training():

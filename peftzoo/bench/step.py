@@ -32,7 +32,7 @@ from peftzoo.core.groups import parameter_groups
 from peftzoo.core.peft_methods import prepare
 from peftzoo.core.registry import get_method
 from peftzoo.errors import RecipeError
-from peftzoo.train.models import load_base
+from peftzoo.train.models import load_base, share_inputs
 from peftzoo.train.recipe import ModelSettings
 from peftzoo.train.step import Stepper
 
@@ -143,7 +143,7 @@ def plan(settings: StepSettings, device: torch.device) -> list[tuple[str, list[s
             raise RecipeError(f"--method {error.args[0]}") from None
         half = [f"{PEFT}-half"] if _dtype(settings, device).itemsize == 2 else []
         stock = [PEFT, *half, f"{PEFT}-fused", f"{PEFT}-compiled"] if method in STOCK else []
-        there = [FLOOR, *stock, OURS, f"{OURS}-fused"]
+        there = [FLOOR, *stock, OURS, f"{OURS}-apart"]
         known.update(there)
         slow = set() if cuda else {f"{PEFT}-compiled"}
         names = chosen(there, settings.only, slow)
@@ -254,7 +254,9 @@ def prepared(name: str, work: Work) -> nn.Module:
         return model
     model = _ours(model, work) if name.startswith(OURS) else _peft(name, model, work)
     _fill(model, work.method in STOCK)
-    if name.endswith("-fused"):
+    if name == OURS:
+        share_inputs(model)
+    if name == f"{PEFT}-fused":
         fuse(model)
     if name in SHIPPED and base.dtype.itemsize == 2:  # as trainers run it: float32 adapters under autocast
         model.forward = torch.autocast(base.device.type, base.dtype)(model.forward)

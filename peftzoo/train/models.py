@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftzoo import builtin
+from peftzoo.core.fuse import fuse
+from peftzoo.core.layer import zoo_layers
 from peftzoo.core.peft_methods import prepare
 from peftzoo.core.registry import get_method
 from peftzoo.core.storage import load_adapter
@@ -84,6 +86,12 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, task_type: str) -> PeftMo
         return get_peft_model(base, config, revision=recipe.model.revision, low_cpu_mem_usage=empty)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(f"method {method.name} on {recipe.model.name_or_path}: {error}") from error
+
+
+def share_inputs(model: PeftModel) -> None:
+    """Let layers of the zoo that are called with one input, such as q, k and v, be computed in one call."""
+    if any(zoo_layers(model)):
+        fuse(model)
 
 
 def _loaded(model: ModelSettings, load: Any, **settings: Any) -> Any:
