@@ -54,9 +54,11 @@ def frozen_product(
         v = expand(u, b, inner).addmm_(x, weight.t())
     if out_scale is None:
         return v, None
-    y = torch.mul(v, out_scale, out=torch.empty_like(v) if keep else v)  # in float32, rounded once
-    if bias is not None:
-        y += bias.to(y.dtype)
+    y = torch.empty_like(v) if keep else v
+    if bias is None:
+        torch.mul(v, out_scale, out=y)  # in float32, rounded once
+    else:
+        torch.addcmul(bias, v, out_scale, out=y)
     return y, v if keep else None
 
 
