@@ -20,6 +20,7 @@ import peftzoo
 from peftzoo.bench import kernels as bench_kernels
 from peftzoo.bench import report as bench_report
 from peftzoo.bench import step as bench_step
+from peftzoo.bench import tune as bench_tune
 from peftzoo.core.registry import Method, get_method, list_methods, list_peft_methods
 from peftzoo.core.resources import find_recipe, list_recipes
 from peftzoo.core.setting_help import setting_help
@@ -265,6 +266,34 @@ def step(
     path = bench_report.new_file(out, "step.jsonl")
     found = bench_step.run(settings, device, path, bench_report.environment(device), _show_rows)
     _end_bench(path, found, bench_step.bars(found), device)
+
+
+@bench_app.command("tune", epilog=EXIT_CODES)
+def tune(
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="M,K,N", help="rows, in, out of a layer; repeatable")
+    ] = None,
+    rank: Annotated[list[int] | None, typer.Option("--rank", help="repeatable")] = None,
+    dropout: Annotated[list[float] | None, typer.Option("--dropout", help="beside 0; repeatable")] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="such as bfloat16; repeatable")] = None,
+    rounds: BenchRounds = None,
+    out: Annotated[Path | None, typer.Option("--out", help="table to write instead of this machine's own")] = None,
+) -> None:
+    """Measure which kernels are faster than the library's products on this GPU; training goes by it from then on.
+
+    Without options: the layers of Llama-3-8B in bfloat16. Give the shapes of your own model and its tokens per step
+    where they differ much: what was not measured takes the library's product.
+    """
+    default = bench_tune.TuneSettings()
+    settings = bench_tune.TuneSettings(
+        shape or default.shapes, rank or default.ranks, dropout or default.dropouts, dtype or default.dtypes,
+        rounds or default.rounds,
+    )  # fmt: skip
+    device = _bench_device()
+    found = bench_tune.tune(settings, device, console.print)
+    path = bench_tune.store(found, device, out)
+    kernels = sum(one.tiles is not None for one in found)
+    console.print(f"{kernels} of {len(found)} products are faster by a kernel; wrote them to {path}")
 
 
 def main() -> None:

@@ -281,15 +281,25 @@ class TestChoice:
         small, large = Tiles(16, 0, 16), Tiles(32, 0, 64)
         rows = [(self.sizes._replace(m=64), small), (self.sizes._replace(m=8192), large)]
         path = dispatch.cache_file("cpu")
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"rows": dispatch.write_rows(rows)}))
-        dispatch._table.cache_clear()
+        dispatch.keep(rows[:1], path)
+        dispatch.keep([(rows[0][0], None), *rows[1:]], path)
+        dispatch.keep(rows[:1], path)  # over what was there for these sizes, beside the rest
+        assert len(json.loads(path.read_text())["rows"]) == 2
         try:
             assert chosen("auto", torch.ones(1), self.sizes._replace(m=100)) == small
             assert chosen("auto", torch.ones(1), self.sizes._replace(m=4000, r=9)) == large
             assert chosen("auto", torch.ones(1), self.sizes._replace(k=128)) == candidates(self.sizes)[0]
         finally:
             dispatch._table.cache_clear()
+
+    @pytest.mark.parametrize("held", ["", "[]", '{"rows": [{"m": 1}]}'])
+    def test_a_damaged_table_is_passed_over(self, held, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        path = dispatch.cache_file("a damaged one")
+        path.parent.mkdir(parents=True)
+        path.write_text(held)
+        with pytest.warns(UserWarning, match="is no table of kernels and is not used"):
+            assert dispatch._table("a damaged one") == {}
 
     def test_an_unknown_device_has_no_table(self):
         assert dispatch._table("a GPU of next year") == {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -114,7 +115,7 @@ def choose(
     if chosen == "cublas" or x.dtype == torch.float64 or not can_run(x) or not 0 < r <= 256 or not m:
         return None
     sizes = Sizes(product, m, k, n, r, x.dtype, drops)
-    if (row := _nearest(sizes, _table(_device_name(x)))) is not None:
+    if (row := _nearest(sizes, _table(device_name(x.device)))) is not None:
         return row.tiles if row.tiles is not None or chosen == "auto" else candidates(sizes)[0]
     if chosen == "triton" or sizes.drops or sizes.product in KERNEL_BY_DEFAULT:
         return candidates(sizes)[0]
@@ -191,7 +192,10 @@ def _table(device_name: str) -> dict[tuple[Any, ...], list[Row]]:
     shipped = files("peftzoo_kernels") / "tables" / f"{slug(device_name)}.json"
     for source in (shipped, cache_file(device_name)):
         if source.is_file():
-            table |= read_rows(json.loads(source.read_text())["rows"])
+            try:
+                table |= read_rows(json.loads(source.read_text(encoding="utf-8"))["rows"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                warnings.warn(f"{source} is no table of kernels and is not used ({error!r}); delete it", stacklevel=2)
     return table
 
 
@@ -204,13 +208,19 @@ def read_rows(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], list[Row]
     return dict(table)
 
 
-def write_rows(rows: Iterable[tuple[Sizes, Tiles | None]]) -> list[dict[str, Any]]:
-    """Return measured choices as a table's file holds them."""
-    return [
-        sizes._asdict()
-        | {"dtype": str(sizes.dtype).removeprefix("torch."), "tiles": None if tiles is None else asdict(tiles)}
-        for sizes, tiles in rows
-    ]
+def keep(choices: Iterable[tuple[Sizes, Tiles | None]], path: Path) -> None:
+    """Write measured choices into a table's file, over those of before for the same sizes; this process heeds them."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    by_sizes = {tuple(row[name] for name in Sizes._fields): row for row in rows}
+    for sizes, tiles in choices:
+        row = sizes._asdict() | {"dtype": str(sizes.dtype).removeprefix("torch.")}
+        by_sizes[tuple(row.values())] = row | {"tiles": None if tiles is None else asdict(tiles)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}")  # whoever reads meanwhile finds the old table or the new one
+    lines = ",\n".join(map(json.dumps, by_sizes.values()))
+    new.write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    new.replace(path)
+    _table.cache_clear()
 
 
 def cache_file(device_name: str) -> Path:
@@ -227,5 +237,6 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
 
 
-def _device_name(x: Tensor) -> str:
-    return torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
+def device_name(device: torch.device) -> str:
+    """Return what a device's table goes by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
@@ -85,7 +85,7 @@ def plan(settings: KernelSettings, device: torch.device) -> list[tuple[Case, lis
         RecipeError: a setting cannot be, or nothing is left to run.
     """
     cuda = device.type == "cuda"
-    shapes = [_shape(text) for text in settings.shapes or (CUDA_SHAPES if cuda else CPU_SHAPES)]
+    shapes = [sizes_of(text) for text in settings.shapes or (CUDA_SHAPES if cuda else CPU_SHAPES)]
     ranks = settings.ranks or ((8, 16, 64, 256) if cuda else (16,))
     dropouts = settings.dropouts or (0.0, 0.05)
     dtypes = settings.dtypes or (("bfloat16",) if cuda else ("float32",))
@@ -95,34 +95,43 @@ def plan(settings: KernelSettings, device: torch.device) -> list[tuple[Case, lis
     for chance in dropouts:
         if not 0 <= chance < 1:
             raise RecipeError(f"--dropout {chance:g} must be at least 0 and below 1")
-    _known("--dtype", dtypes, DTYPES)
-    _known("--op", settings.ops, OPS)
+    known("--dtype", dtypes, DTYPES)
+    known("--op", settings.ops, OPS)
     # on a CPU a compilation takes longer than all the rest, and ours runs on the library anyhow
     slow = set() if cuda else {"peft-compiled", f"{OURS}-cublas"}
-    found, known = [], set()
+    found, names_there = [], set()
     for op, dtype, (m, k, ns), r, p in product(settings.ops or OPS, dtypes, shapes, ranks, dropouts):
         if (op == "group") != (len(ns) > 1) or (p and op not in ("lora", "dora")):
             continue
         case = Case(op, m, k, ns, r, p, DTYPES[dtype], device)
         there = layers.names(op, p, case.dtype, device)
-        known.update(there)
+        names_there.update(there)
         names = chosen(there, settings.only, slow)
         if len(names) > 1:
             found.append((case, names))
-    _known("--only", settings.only, known)
+    known("--only", settings.only, names_there)
     if not found:
         raise RecipeError("nothing to run: one shape M,K,N goes with lora, dora and out_scale, M,K,N+N with group")
     return found
 
 
-def _known(option: str, given: Sequence[str], known: Any) -> None:
+def known(option: str, given: Sequence[str], there: Collection[str]) -> None:
+    """Refuse a name that is not there.
+
+    Raises:
+        RecipeError: one is not.
+    """
     for name in given:
-        if name not in known:
-            raise RecipeError(f"{option} {name} is not one of {', '.join(sorted(known))}")
+        if name not in there:
+            raise RecipeError(f"{option} {name} is not one of {', '.join(sorted(there))}")
 
 
-def _shape(text: str) -> tuple[int, int, tuple[int, ...]]:
-    """Return M, K and every N of a shape."""
+def sizes_of(text: str) -> tuple[int, int, tuple[int, ...]]:
+    """Return M, K and every N of a shape.
+
+    Raises:
+        RecipeError: it is none.
+    """
     try:
         m, k, n = text.split(",")
         sizes = int(m), int(k), *map(int, n.split("+"))
