@@ -298,6 +298,7 @@ class TestChoice:
         path = dispatch.cache_file("a damaged one")
         path.parent.mkdir(parents=True)
         path.write_text(held)
+        dispatch._table.cache_clear()
         with pytest.warns(UserWarning, match="is no table of kernels and is not used"):
             assert dispatch._table("a damaged one") == {}
 
