@@ -52,13 +52,15 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     for first in range(0, rows, many := max(1, _CHUNK // max(counters, 1))):
         block = keep[first : first + many]
         if seed.is_cpu:
-            halves = torch.from_numpy(philox_rows(int(seed), block.shape[0], counters, first, _ROUNDS).view(np.int16))
-            lanes = halves.view(-1, 4, counters, 2)
+            words = philox_rows(int(seed), block.shape[0], counters, first, _ROUNDS)
+            halves = words.view(np.dtype("<u2")).reshape(-1, 4, counters, 2)
+            for half in (0, 1):
+                np.greater_equal(halves[..., half], np.uint16(least), out=block.numpy()[:, half::2])
         else:
             lanes = basis_lanes(seed, block.shape[0], LANES * counters, first, device=seed.device)
-        lanes = lanes.to(torch.int32).bitwise_and_(0xFFFF)  # [rows, word, counter, half]
-        for half in (0, 1):
-            torch.ge(lanes[..., half], least, out=block[:, half::2])
+            lanes = lanes.to(torch.int32).bitwise_and_(0xFFFF)  # [rows, word, counter, half]
+            for half in (0, 1):
+                torch.ge(lanes[..., half], least, out=block[:, half::2])
     return keep.flatten(1)[:, :columns]
 
 
@@ -73,7 +75,7 @@ def dropped(x: Tensor, p: float, seed: Tensor, keep: Tensor | None = None) -> Te
     """
     if keep is None:
         keep = keep_mask(seed, x[..., 0].numel(), x.shape[-1], p)
-    return x * keep.view(x.shape).to(x.dtype).mul_(dropout_factor(p))
+    return torch.where(keep.view(x.shape), x, 0.0).mul_(dropout_factor(p))
 
 
 @jit
