@@ -7,7 +7,7 @@ import os
 # before any import
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may touch the network
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU; on one, set it to 0
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU; with 0 the tests of kernels use one
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # models this small only lose time to threads, and rounding depends on their number
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import chain, combinations
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peftzoo_kernels import OPS
 
+# TRITON_INTERPRET=0 makes these tests, and those of the kernels, tests of a GPU
+DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
 BACKENDS = ("eager", "cublas")  # triton: test_triton.py
 
 SHAPES = [  # (m, in, out, r)
@@ -35,6 +38,7 @@ def subsets(names):
 def make(op, shape, without=frozenset(), seed=0):
     inputs = op.inputs(*shape, torch.Generator().manual_seed(seed))
     empty = {name: None for name in without if name.startswith("weight")}
+    inputs = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in inputs.items()}
     return {name: value for name, value in inputs.items() if name not in without} | empty
 
 
@@ -64,7 +68,8 @@ def relative_error(got, want):
 def gradient_of(op, inputs, seed=1):
     """Return a random gradient of the op's output, float64."""
     shape = op.reference(**cast(inputs, torch.float64)).shape
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator, device=DEVICE)
 
 
 def assert_near(got, want, bound):
@@ -165,7 +170,7 @@ def test_inputs_are_left_alone(op):
 
 def test_autocast_decides_the_dtype(op):
     inputs = cast(make(op, (24, 33, 70, 5)), torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y = op.function(**inputs)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), op.reference(**inputs), rtol=3e-2, atol=3e-2)
@@ -175,7 +180,7 @@ def test_backward_within_autocast_keeps_float32_gradients(op):
     inputs = cast(make(op, (64, 33, 70, 5)), torch.float32)
     dy = gradient_of(op, inputs)
     want = run(op.function, inputs, op.trained, dy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = run(op.function, inputs, op.trained, dy)
     for name in op.trained:
         assert not torch.equal(got[f"d_{name}"], got[f"d_{name}"].bfloat16().float()), f"d_{name} was rounded"
@@ -187,14 +192,14 @@ def test_autocast_keeps_no_copy_of_the_weight(op):
     inputs["x"].requires_grad_()
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t)
-    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+    with hooks, torch.autocast(DEVICE, dtype=torch.bfloat16):
         op.function(**inputs)
     assert inputs["weight"].data_ptr() in kept
 
 
 def test_autocast_leaves_float64_alone(op):
     inputs = make(op, (8, 33, 70, 5))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert op.function(**inputs).dtype == torch.float64
 
 

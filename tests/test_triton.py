@@ -1,6 +1,7 @@
-"""The Triton kernels, in Triton's interpreter: each product with each way to cut it, and the ops on top of them.
+"""The Triton kernels: each product with each way to cut it, and the ops on top of them.
 
-bfloat16 is left to a GPU: the interpreter multiplies its bit patterns as if they were integers.
+In Triton's interpreter, or with TRITON_INTERPRET=0 on a GPU. bfloat16 is left to that: the interpreter multiplies its
+bit patterns as if they were integers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from test_ops import BOUND, assert_near, cast, gradient_of, make, relative_error, run
+from test_ops import BOUND, DEVICE, assert_near, cast, gradient_of, make, relative_error, run
 
 from peftzoo_kernels import (
     OPS,
@@ -33,9 +34,17 @@ from peftzoo_kernels.low_rank_linear import low_rank_linear_ref
 from peftzoo_kernels.shrink import shrink
 from peftzoo_kernels.up_grads import up_grads
 
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 # (m, in, out, r), some of them one more than whole tiles
 SHAPES = [(1, 16, 33, 1), (65, 100, 136, 5), (64, 192, 16, 16), (70, 96, 64, 17), (33, 65, 49, 3)]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    if DEVICE == "cuda":
+        torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +63,7 @@ def launched(monkeypatch):
 
 def tensors(shape, dtype):
     m, k, n, r = shape
-    g = torch.Generator().manual_seed(sum(shape))
+    g = torch.Generator(DEVICE).manual_seed(sum(shape))
 
     def draw(*sizes):
         return torch.randn(*sizes, dtype=torch.float64, generator=g)
@@ -84,7 +93,7 @@ def near(got, want, dtype):
 def test_products_equal_the_librarys(shape, dtype, p, tiles, launched):
     t = tensors(shape, dtype)
     d = {name: value.double() for name, value in t.items()}
-    seed = draw_seed("cpu") if p else None
+    seed = draw_seed(DEVICE) if p else None
     near(shrink(t["x"], t["a"], p, seed, tiles=tiles), shrink(d["x"], d["a"], p, seed, tiles=None), dtype)
     near(down_grad(t["u"], t["x"], p, seed, tiles=tiles), down_grad(d["u"], d["x"], p, seed, tiles=None), dtype)
     near(expand(t["u"], t["a"].t(), None, p, seed, tiles=tiles), expand(d["u"], d["a"].t(), None, p, seed), dtype)
@@ -142,7 +151,7 @@ def test_norms_of_a_row_that_cancels():
 def test_kernels_drop_what_torch_drops():
     """Bit by bit: a product of ones shows the mask."""
     for n, p in ((8, 0.5), (64, 0.05), (100, 0.3), (13, 0.9)):
-        seed = draw_seed("cpu")
+        seed = draw_seed(DEVICE)
         shown = expand(torch.ones(50, 1), torch.ones(n, 1), None, p, seed, tiles=Tiles(32, 16))
         assert torch.equal(shown, dropped(torch.ones(50, n), p, seed))
 
@@ -209,7 +218,7 @@ def grid():
 def test_low_rank_linear_over_the_grid(case, monkeypatch, launched):
     monkeypatch.setenv("PEFTZOO_BACKEND", "triton")
     m, k, n, r = (case[name] for name in "mknr")
-    dtype = DTYPES[(m + r) % 2]
+    dtype = DTYPES[(m + r) % len(DTYPES)]
     inputs = make(next(op for op in OPS if op.name == "low_rank_linear"), (m, k, n, r))
     inputs |= {"scale": case["scale"], "dropout": case["p"], "bias": inputs["bias"] if case["bias"] else None}
     inputs["s"] = None if case["s"] is None else inputs["s"] * (case["s"] == "vector")
@@ -246,6 +255,7 @@ def chosen(tiles, x, sizes):
     return choose(tiles, x, *(value for name, value in sizes._asdict().items() if name != "dtype"))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has choices of its own")
 class TestChoice:
     """Which implementation makes a product."""
 
@@ -309,7 +319,7 @@ class TestChoice:
 @pytest.mark.parametrize(("product", "drops"), dispatch._SHIPPED, ids=str)
 def test_every_shipped_configuration_is_right(product, drops, launched):
     """The tiles that a GPU gets, as far as an interpreter can tell."""
-    seed, p = (draw_seed("cpu"), 0.3) if drops else (None, 0.0)
+    seed, p = (draw_seed(DEVICE), 0.3) if drops else (None, 0.0)
     calls = {
         "shrink": lambda t, how: shrink(t["x"], t["a"], p, seed, tiles=how),
         "expand": lambda t, how: expand(t["u"], t["b"], None, p, seed, tiles=how),

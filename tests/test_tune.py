@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -13,6 +15,7 @@ from peftzoo.errors import BenchmarkError, CheckpointError, RecipeError
 from peftzoo_kernels import dispatch
 from peftzoo_kernels.dispatch import Sizes, Tiles
 
+pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] == "0", reason="takes the interpreter for a GPU")
 CPU = torch.device("cpu")
 SMALL = TuneSettings(shapes=("24,40,33",), ranks=(4,), dropouts=(0.3,), dtypes=("float32",), rounds=1)
 

@@ -43,7 +43,7 @@ class Op:
 
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator, device=generator.device)
 
 
 def _low_rank_inputs(m: int, k: int, n: int, r: int, g: torch.Generator) -> dict[str, Any]:
