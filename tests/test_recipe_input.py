@@ -58,7 +58,7 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("{name_or_path: builtin/tiny-docs-1m}", "tiny", "2: model: should be a section with settings of its own"),
         ("builtin/tiny-docs-1m", "''", "2: model.name_or_path: should have at least 1 character"),
         ("builtin/iso-dates:train", "rows.jsonl", "4: data.train: 'rows.jsonl' is not built-in data such as"),
-        ("builtin/iso-dates:train", "{path: rows.csv}", "4: data.train.path: 'rows.csv' is no .jsonl file"),
+        ("builtin/iso-dates:train", "{path: rows.xlsx}", "4: data.train.path: 'rows.xlsx' is no .jsonl, .csv"),
         ("builtin/iso-dates:train", "{path: a.jsonl, hub: b}", "4: data.train: give exactly one of path"),
         ("builtin/iso-dates:train", "{path: a.jsonl, split: b}", "4: data.train.split: is for data from the Hub"),
         ("builtin/iso-dates:train", "{pth: a.jsonl}", "4: data.train.pth is not a setting. Did you mean data.train"),

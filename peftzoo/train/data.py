@@ -1,36 +1,18 @@
-"""Rows of text from where a recipe says they are: built in, a local .jsonl file, or the Hugging Face Hub."""
+"""Rows of text from where a recipe says they are: built in, a local file, or the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peftzoo import builtin
 from peftzoo.core.suggest import nearest
 from peftzoo.errors import DataError
+from peftzoo.train.files import read_file
 from peftzoo.train.recipe import DataSource
-
-SHOWN = 10  # bad rows named one by one; the rest are counted
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows and where each came from.
-
-    Attributes:
-        values: one mapping from column to value per row.
-        where: names row i for a message, such as ``chats.jsonl:12``.
-    """
-
-    values: list[Mapping[str, Any]]
-    where: Callable[[int], str]
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.values)
+from peftzoo.train.rows import Rows, refuse
 
 
 def load_rows(source: str | DataSource) -> Rows:
@@ -42,7 +24,7 @@ def load_rows(source: str | DataSource) -> Rows:
     if isinstance(source, str):
         rows = _builtin(source)
     elif source.path is not None:
-        rows = _jsonl(Path(source.path).expanduser(), source.max_rows)
+        rows = read_file(Path(source.path).expanduser(), source.max_rows)
     else:
         rows = _hub(source)
     if not len(rows):
@@ -72,13 +54,6 @@ def text_columns(rows: Rows, fields: Iterable[str], columns: Mapping[str, Any]) 
     return [tuple(row[column] for column in wanted) for row in rows.values]
 
 
-def refuse(problems: list[str], rule: str) -> None:
-    """Raise a DataError that lists ``problems``, one a line, under the ``rule`` they break; none raise nothing."""
-    if problems:
-        rest = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise DataError("\n  ".join([f"{rule}; these do not:", *problems[:SHOWN], *rest]))
-
-
 def _problem(row: Mapping[str, Any], wanted: list[str]) -> str | None:
     for column in wanted:
         if column not in row:
@@ -99,39 +74,6 @@ def _builtin(name: str) -> Rows:
     except KeyError as error:
         raise DataError(f"{name}: {error.args[0]}") from None
     return Rows(list(rows), lambda index: f"{name} row {index + 1}")
-
-
-def _jsonl(path: Path, max_rows: int | None) -> Rows:
-    values: list[Mapping[str, Any]] = []
-    lines: list[int] = []
-    problems: list[str] = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if len(values) == max_rows:
-                    break
-                if line.strip():
-                    try:
-                        values.append(_parse(line))
-                        lines.append(number)
-                    except ValueError as error:
-                        problems.append(f"{path}:{number}: {error}")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    refuse(problems, "every line of a .jsonl file must be one JSON object in UTF-8")
-    return Rows(values, lambda index: f"{path}:{lines[index]}")
-
-
-def _parse(line: bytes) -> Mapping[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at column {error.colno}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"holds a {type(value).__name__}, not an object")
-    return value
 
 
 def _hub(source: DataSource) -> Rows:

@@ -7,12 +7,14 @@ YAML and turns pydantic's complaints into one line per problem.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self, TypedDict
 
 from peftzoo.core.registry import find_method, get_method
+from peftzoo.train.files import READERS, SUFFIXES
 from peftzoo.train.recipe_method import MethodSettings
 from peftzoo.train.recipe_part import STRICT, Count, Part, Seed, Text, wrong
 
@@ -37,7 +39,7 @@ class ModelSettings(Part):
 class DataSource(Part):
     """Rows from a file or from the Hub."""
 
-    path: Text | None = Field(default=None, description="a .jsonl file, relative to the working directory")
+    path: Text | None = Field(default=None, description=f"a {SUFFIXES} file, relative to the working directory")
     hub: Text | None = Field(default=None, description="a data set on the Hub")
     name: Text | None = Field(default=None, description="the configuration of a data set on the Hub")
     split: Text | None = Field(default=None, description="the split of a data set on the Hub; none: train")
@@ -46,10 +48,10 @@ class DataSource(Part):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.hub is None):
-            raise ValueError("give exactly one of path (a .jsonl file) and hub (a data set on the Hub)")
+            raise ValueError(f"give exactly one of path (a {SUFFIXES} file) and hub (a data set on the Hub)")
         if self.path is not None:
-            if not self.path.endswith(".jsonl"):
-                raise wrong("path", f"{self.path!r} is no .jsonl file", self.path)
+            if Path(self.path).suffix not in READERS:
+                raise wrong("path", f"{self.path!r} is no {SUFFIXES} file", self.path)
             for key in ("name", "split"):
                 if getattr(self, key) is not None:
                     raise wrong(key, "is for data from the Hub; a file has none", getattr(self, key))

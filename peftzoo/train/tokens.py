@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peftzoo.errors import ModelError
-from peftzoo.train.data import refuse
 from peftzoo.train.recipe import DataSettings
+from peftzoo.train.rows import refuse
 
 IGNORED = -100
 """The label that the models of transformers leave out of their loss."""
