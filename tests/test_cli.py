@@ -87,7 +87,7 @@ def commands():
 def test_the_commands_are_these():
     assert {" ".join(path) for path in commands()} == {
         "", "train", "check", "methods", "recipes", "recipes list", "recipes show", "recipes copy", "inspect",
-        "export", "bench", "bench kernels", "bench step",
+        "export", "bench", "bench kernels", "bench step", "bench tune",
     }  # fmt: skip
 
 
