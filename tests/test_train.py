@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from train_helpers import ROWS, builtin_model, cpu, encoder, read_events, small_recipe, write_rows
+from transformers import LlamaForCausalLM
 
 import peftzoo
 from peftzoo.errors import CheckpointError, DataError, MemoryLimitError, ModelError, NonFiniteError
@@ -164,6 +165,29 @@ def test_layers_on_one_input_are_computed_in_one_call(calls, monkeypatch):
     apart = train(small_recipe("output.dir=apart"))
     assert len(calls) == made
     torch.testing.assert_close(adapter(shared.folder / "final"), adapter(apart.folder / "final"), rtol=1e-3, atol=1e-5)
+
+
+def test_checkpointed_activations_change_no_bit(monkeypatch):
+    take, seen = Stepper.take, []
+
+    def noting(self, *arguments):
+        seen.append(self._inner.is_gradient_checkpointing)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "take", noting)
+    runs = [
+        train(small_recipe(f"output.dir={setting}", f"train.{setting}={value}"))
+        for setting, value in (("activation_checkpointing", "false"), ("gradient_checkpointing", "true"))
+    ]
+    assert seen == [False] * 3 + [True] * 3
+    first, second = (adapter(run.folder / "final") for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_model_that_cannot_checkpoint_is_refused(monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match=r"train\.activation_checkpointing: .* not support"):
+        train(small_recipe("train.activation_checkpointing=true"))
 
 
 def test_penalty_of_a_method_reaches_the_training():

@@ -18,7 +18,7 @@ from peftzoo.train.checks import check_trained, non_finite, trained_table
 from peftzoo.train.evaluation import Evaluation
 from peftzoo.train.manifest import describe_run, recipe_digest
 from peftzoo.train.memory import explain_out_of_memory, peak_memory
-from peftzoo.train.models import add_adapter, share_inputs
+from peftzoo.train.models import add_adapter, checkpoint_activations, share_inputs
 from peftzoo.train.optim import make_optimizer
 from peftzoo.train.order import Order
 from peftzoo.train.plots import draw_run
@@ -109,6 +109,8 @@ class _Run:
             ranks = calibrate_adapter(self.model, self.task, self.order, accelerator, self.report)
         check_trained(self.model, frozen)
         share_inputs(self.model)
+        if settings.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.facts: dict[str, Any] = describe_run(recipe, accelerator, self.model)
         if ranks is not None:
             self.facts["ranks"] = ranks

@@ -132,8 +132,20 @@ class TrainSettings(Part):
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per step and unit of learning rate")
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: no clipping")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="no, bf16 or fp16 autocast")
+    activation_checkpointing: bool = Field(
+        default=False, description="compute each block anew in the backward: less memory, more time"
+    )
     seed: Seed = Field(default=0, description="of data order, dropout and the adapter's start")
     logging_steps: Count = Field(default=10, description="optimizer steps between two lines of the log")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_before(cls, settings: object) -> object:
+        """Take transformers' name of before 5.23 for activation_checkpointing."""
+        old, new = "gradient_checkpointing", "activation_checkpointing"
+        if isinstance(settings, Mapping) and old in settings and new not in settings:
+            return {new if key == old else key: value for key, value in settings.items()}
+        return settings
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
