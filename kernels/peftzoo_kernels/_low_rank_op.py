@@ -218,7 +218,8 @@ def _backward(
             dy = given.new_zeros(given.shape[0], b[i].shape[0])
         factor, own = _given(s, i), None if h is None else h[:, ranks]
         u = _scaled(own, factor, scale[i]) if need_b[i] and own is not None else None
-        g, t, db, dc = up_grads(dy, b[i], u, _given(out_scale, i), v[i] if need_c[i] else None, tiles=tiles)
+        one_v, last = v[i] if need_c[i] else None, i == len(b) - 1
+        g, t, db, dc = up_grads(dy, b[i], u, _given(out_scale, i), one_v, g_passes=last, tiles=tiles)
         if db is not None:
             dbs.append(db)
         if dc is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftzoo_kernels._gemm import mm_float32
+from peftzoo_kernels._scratch import scratch_like
 from peftzoo_kernels._triton import block, jit, launch, precision, tl
 from peftzoo_kernels.dispatch import Choice, Tiles, choose
 
@@ -42,6 +43,7 @@ def up_grads(
     c: Tensor | None = None,
     v: Tensor | None = None,
     *,
+    g_passes: bool = False,
     tiles: Choice = "auto",
 ) -> UpGrads:
     """Return g, t, and what of db and dc is wanted.
@@ -52,6 +54,7 @@ def up_grads(
         u: [m, r], in the dtype of `dy`; None if db is not wanted.
         c: [n], in any floating dtype; None means all ones.
         v: [m, n], in the dtype of `dy`; None if dc is not wanted.
+        g_passes: g is not wanted any more at the next call; on a CPU it is then written where the last one was.
         tiles: of the kernel: m rows and n columns at a time, split programs for a column.
     """
     (m, n), r = dy.shape, b.shape[1]
@@ -60,7 +63,10 @@ def up_grads(
     cut = None if alone else choose(tiles, dy, "up_grads", m, 0, n, r)
     if cut is not None:
         return _launch(dy, b, u, c, v, cut)
-    g = dy if c is None else torch.mul(dy, c, out=torch.empty_like(dy))  # in float32, rounded once
+    g = dy
+    if c is not None:  # in float32, rounded once
+        plain = g_passes and dy.is_cpu and type(dy) is Tensor
+        g = torch.mul(dy, c, out=scratch_like(dy) if plain else torch.empty_like(dy))
     db = None if u is None else mm_float32(g.t(), u)
     return UpGrads(g, g @ b.to(g.dtype), db, None if v is None else _column_sums(dy, v))
 
